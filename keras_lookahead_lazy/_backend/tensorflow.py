@@ -1,0 +1,198 @@
+"""TensorFlow: `tf.IndexedSlices`, `tf.distribute`, and XLA's need for fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+from keras_lookahead_lazy._rows import Rows
+
+Groups = list[tuple[Any, ...]]
+
+# Whether slots of rows that were not sampled may be behind (see `LazyOptimizer`).
+SLOTS_MAY_LAG = True
+
+
+def all_rows(variable: Any) -> None:
+    return None
+
+
+# Which rows were sampled
+
+
+def find_rows(gradient: Any, every_row: bool) -> Rows:
+    """The rows of a table that `gradient` (dense or `tf.IndexedSlices`) touches."""
+    if every_row:
+        gradient = tf.convert_to_tensor(gradient)
+        return Rows(None, gradient, _has_entries(gradient))
+    if isinstance(gradient, tf.IndexedSlices):
+        slices = sum_duplicates(gradient)
+        return Rows(slices.indices, slices.values, _has_entries(slices.values))
+    sampled = _has_entries(gradient)
+    if _in_xla():
+        return Rows(None, gradient, sampled)
+    indices = tf.where(sampled)[:, 0]
+    return Rows(indices, tf.gather(gradient, indices), None)
+
+
+def sum_duplicates(slices: tf.IndexedSlices) -> tf.IndexedSlices:
+    """One gradient row for each row of the table: the sum, as Keras 2 had it.
+
+    Under XLA, where the number of different rows may not shape a tensor, a row
+    that was drawn n times stays n times, each time with the sum.
+    """
+    indices, values = slices.indices, slices.values
+    if not _in_xla():
+        indices, position = tf.unique(indices)
+        values = tf.math.unsorted_segment_sum(values, position, tf.size(indices))
+        return _Slices(values, indices, slices.dense_shape)
+    order = tf.argsort(indices, stable=True)
+    indices = tf.gather(indices, order)
+    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    position = tf.concat([[0], tf.cumsum(is_new)], axis=0)
+    sums = tf.math.unsorted_segment_sum(
+        tf.gather(values, order), position, tf.size(indices)
+    )
+    return _Slices(tf.gather(sums, position), indices, slices.dense_shape)
+
+
+class _Slices(tf.IndexedSlices):
+    """`tf.IndexedSlices` that Keras can divide by a `loss_scale_factor`."""
+
+    def __truediv__(self, divisor: Any) -> _Slices:
+        return _Slices(self.values / divisor, self.indices, self.dense_shape)
+
+
+def _has_entries(gradient: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_any(gradient != 0, axis=range(1, gradient.shape.rank))
+
+
+def _in_xla() -> bool:
+    """Whether the code being traced will be compiled by XLA (`jit_compile=True`)."""
+    return not tf.executing_eagerly() and (
+        control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    )
+
+
+# Reading and writing rows
+
+
+def read_rows(variable: Any, like: Any, indices: Any) -> tf.Tensor:
+    """Rows of the replica of `variable` that lies where `like` does."""
+    native = _replica(variable, like)
+    if indices is None:
+        return tf.convert_to_tensor(native)
+    return native.sparse_read(indices)
+
+
+def write_rows(variable: Any, like: Any, indices: Any, values: Any) -> None:
+    native = _replica(variable, like)
+    if indices is None:
+        native.assign(values)
+    else:
+        native.scatter_update(tf.IndexedSlices(values, indices))
+
+
+def _replica(variable: Any, like: Any) -> tf.Variable:
+    if isinstance(variable, keras.Variable):
+        variable = variable.value
+    replicas = tf.distribute.get_strategy().experimental_local_results(variable)
+    if len(replicas) == 1:
+        return replicas[0]
+    return next(replica for replica in replicas if replica.device == like.device)
+
+
+def rows_since(last_update: Any, like: Any, step: Any) -> tf.Tensor | None:
+    """The rows updated after `step`; `None`, for all, where XLA fixes shapes."""
+    if _in_xla():
+        return None
+    return tf.where(_replica(last_update, like) > tf.cast(step, "int32"))[:, 0]
+
+
+# Counting and branching inside the graph
+
+
+def read_count(variable: Any) -> tf.Tensor:
+    return tf.identity(tf.convert_to_tensor(variable))
+
+
+def write_count(variable: keras.Variable, count: tf.Tensor) -> None:
+    variable.assign(count)
+
+
+def update_if(
+    predicate: Any, groups: Groups, function: Callable, moved: Callable = all_rows
+) -> None:
+    """For each group of variables, assign `function` of their values, if `predicate`.
+
+    `moved` names the rows to read and write, by the group's first variable.
+
+    The condition stands in cross-replica context: a branch in replica context may
+    not merge replicas, which assigning an aggregated variable does.
+    """
+
+    def update(first: tf.Variable, *others: tf.Variable) -> None:
+        variables = (first, *others)
+        indices = moved(first)
+        values = [read_rows(variable, first, indices) for variable in variables]
+        for variable, value in zip(variables, function(*values), strict=True):
+            write_rows(variable, first, indices, value)
+
+    def across_replicas(strategy: tf.distribute.Strategy) -> None:
+        def update_all() -> None:
+            for group in groups:
+                first, *others = (variable.value for variable in group)
+                strategy.extended.update(first, update, args=others, group=False)
+
+        tf.cond(predicate, update_all, lambda: None)
+
+    if groups:
+        tf.__internal__.distribute.interim.maybe_merge_call(
+            across_replicas, tf.distribute.get_strategy()
+        )
+
+
+def back_up_first(updates: Any, pairs: Groups) -> None:
+    """slow := fast, before the first update."""
+    update_if(updates == 0, pairs, lambda fast, slow: (fast, fast))
+
+
+def pull_back_if(
+    predicate: Any, pairs: Groups, alpha: float, moved: Callable = all_rows
+) -> None:
+    """slow := slow + alpha (fast - slow); fast := slow, if `predicate`."""
+
+    def pull_back(fast: tf.Tensor, slow: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        point = slow + tf.cast(alpha, slow.dtype) * (fast - slow)
+        return point, point
+
+    update_if(predicate, pairs, pull_back, moved)
+
+
+# What else differs
+
+
+def take_over_tables(optimizer: keras.Optimizer, is_table: Callable) -> None:
+    """TensorFlow's optimizers call `update_step` for each weight: nothing to do."""
+
+
+def is_recording() -> bool:
+    """Whether operations are being recorded rather than run."""
+    return not tf.executing_eagerly()
+
+
+def apply(optimizer: keras.Optimizer, grads: list, variables: list | None) -> None:
+    optimizer.apply(grads, variables)
+
+
+def sync_model(model: keras.Model) -> None:
+    """The variables of a model in training hold its weights: nothing to do."""
+
+
+def row_layout(variable: keras.Variable) -> None:
+    """The layout of a vector with one entry per row of `variable`."""
+    return None

@@ -1,0 +1,425 @@
+"""LazyOptimizer: embedding rows move only when their token was sampled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lookahead_lazy import _decay, _private, _rows, _tables
+from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
+
+MOMENTS = ("decay", "freeze")
+
+
+@dataclass
+class Table:
+    """An embedding table and what is kept for it.
+
+    Attributes:
+        variable: the table, of shape `(vocabulary, ...)`.
+        slots: the inner optimizer's slots for it, by name.
+        log_rates: logarithm of each slot's decay in a step without gradient, or
+            `None`: then only the masked form of the step is right.
+        last_update: int32 variable of shape `(vocabulary,)`, the update up to
+            which a row's slots are current; `None` in the masked form.
+        constraint: the user's constraint on the table.
+        reason: why the masked form is used, or `None`.
+    """
+
+    variable: keras.Variable
+    slots: dict[str, keras.Variable]
+    log_rates: dict[str, float] | None
+    last_update: keras.Variable | None
+    constraint: OnSampledRows | None
+    reason: str | None
+
+
+@keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
+class LazyOptimizer(OptimizerWrapper):
+    r"""Updates the rows of embedding tables only in steps that sampled them.
+
+    A row is sampled in a step when its gradient row \(g_i\) is not all zero. With
+    \(u(\theta, s, g)\) the update that the inner optimizer makes of a weight
+    \(\theta\) and its slots \(s\),
+
+    $$(\theta_i, s_i) \leftarrow
+      \begin{cases} u(\theta_i, s_i, g_i) & g_i \neq 0 \\
+      (\theta_i, s'_i) & g_i = 0, \end{cases}$$
+
+    so that no momentum, weight decay or constraint moves a row whose token was not
+    in the batch. `moments` chooses \(s'_i\). All other weights are updated exactly
+    as by the inner optimizer.
+
+    Where the gradient is sparse, or the backend allows, a step reads and writes the
+    sampled rows and no others, in both modes: a row's slots catch up on the decay
+    they missed when the row is next sampled, or when `variables` is read.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_lookahead_lazy import LazyOptimizer
+    >>> words = keras.layers.Embedding(20000, 128)
+    >>> model = keras.Sequential([words, keras.layers.LSTM(128)])
+    >>> optimizer = LazyOptimizer(keras.optimizers.Adam(1e-3), [words])
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Args:
+        optimizer: the inner optimizer: a Keras optimizer, its name or its config.
+        embedding_layers: the tables: a list of `keras.layers.Embedding` layers
+            (built or not), variables, or names and paths of either. `None`, the
+            default, takes the table of every Embedding layer.
+        moments: what slots of rows that were not sampled do. `"decay"`: what the
+            inner optimizer's slots do under a zero gradient. `"freeze"`: they stay.
+        name: name of the optimizer.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, or meant for the inner
+            optimizer.
+        ValueError: `moments` is unknown, the order of nesting has no meaning, or
+            `embedding_layers` names something that is no table of the model (the
+            last may be known in `build` only).
+
+    Reference: Su Jianlin (bojone), keras_lazyoptimizer. Two of its faults are not
+    taken over: it masked the learning rate, under which momentum still moved rows
+    that were not sampled, and it counted every step twice.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.Optimizer | str | dict,
+        embedding_layers: list | None = None,
+        moments: str = "decay",
+        name: str | None = None,
+        **misplaced: Any,
+    ) -> None:
+        sources = _tables.check_sources(embedding_layers)
+        _check_moments(moments)
+        super().__init__(optimizer, name, misplaced)
+        _check_nesting(self.inner_optimizer)
+        self._moments = moments
+        # Not tracked: the layers and variables belong to the model.
+        vars(self).update(_sources=sources, _tables=None)
+
+    @property
+    def moments(self) -> str:
+        """`"decay"` or `"freeze"`.
+
+        Set it between two calls of `fit`; functions that were compiled before keep
+        the old mode until the model is compiled again.
+        """
+        return self._moments
+
+    @moments.setter
+    def moments(self, moments: str) -> None:
+        _check_moments(moments)
+        if self.built:
+            self._catch_up()
+        self._moments = moments
+
+    @property
+    def step_forms(self) -> dict[str, str]:
+        """How each table's step is computed, by the table's path.
+
+        `"rows"`: on the sampled rows, where the backend allows. `"masked: ..."`: on
+        the whole table with the result masked, and why.
+        """
+        return {
+            table.variable.path: f"masked: {table.reason}" if table.reason else "rows"
+            for table in self._tables or []
+        }
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Find the tables, create the variables, take over the tables' updates.
+
+        Args:
+            variables: the model's trainable variables.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        found = _tables.find_tables(self._sources, variables)
+        super().build(variables)
+        self._innermost = _private.innermost(self.inner_optimizer)
+        vars(self)["_tables"] = [self._make_table(variable) for variable in found]
+        vars(self)["_by_key"] = {
+            self._var_key(v): table
+            for table in self._tables
+            for v in (table.variable, *table.slots.values())
+        }
+        self._may_lag = engine.SLOTS_MAY_LAG
+        self._take_over()
+
+    def _make_table(self, variable: keras.Variable) -> Table:
+        slots = _private.slots(self._innermost, variable)
+        log_rates = _decay.log_rates(self._innermost)
+        reason = None
+        if log_rates is None:
+            reason = f"{type(self._innermost).__name__} is not known to update rows "
+            reason += "one by one and to decay in closed form"
+        elif not _acts_on_rows(variable.constraint):
+            reason = f"the constraint {variable.constraint!r} looks across rows"
+        last_update = constraint = None
+        if reason is None:
+            last_update = self.add_variable(
+                shape=variable.shape[:1],
+                dtype="int32",
+                layout=engine.row_layout(variable),
+                name="last_update",
+            )
+        if variable.constraint is not None:
+            constraint = OnSampledRows(variable.constraint)
+            variable.constraint = constraint
+        return Table(variable, slots, log_rates, last_update, constraint, reason)
+
+    def _take_over(self) -> None:
+        """Put this optimizer's step on tables in the inner optimizer's place."""
+        inner = self._innermost
+        update_step = inner.update_step
+        apply_weight_decay = inner._apply_weight_decay
+
+        def update(gradient: Any, variable: Any, learning_rate: Any) -> None:
+            table = self._by_key.get(inner._var_key(variable))
+            if table is None:
+                update_step(gradient, variable, learning_rate)
+            else:
+                self._update_table(table, gradient, variable, learning_rate)
+
+        def decay_weights(variables: list) -> None:
+            rest = [v for v in variables if self._table(v) is None]
+            if rest:
+                apply_weight_decay(rest)
+
+        inner.update_step = update
+        inner._apply_weight_decay = decay_weights
+        engine.take_over_tables(inner, lambda v: self._table(v) is not None)
+
+    def _table(self, variable: Any) -> Table | None:
+        return self._by_key.get(self._var_key(variable))
+
+    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
+        """Let the inner optimizer update the weights, the tables by sampled rows.
+
+        Args:
+            grads: a gradient for each variable, or `None`.
+            trainable_variables: the variables; by default those of `build`.
+        """
+        self._build_on_first_use(trainable_variables)
+        updates = engine.read_count(self._iterations)
+        if self._uses_whole_gradients():
+            variables = trainable_variables or self._trainable_variables
+            grads = [
+                g if self._table(v) is None else engine.sum_duplicates(g)
+                for g, v in zip(grads, variables, strict=True)
+            ]
+        with self._constraints_on_sampled_rows():
+            updated = self._apply_inner(grads, trainable_variables)
+        engine.write_count(self._iterations, updates + updated)
+
+    def _uses_whole_gradients(self) -> bool:
+        """Whether Keras computes with the gradients before it updates rows."""
+        inner = self._innermost
+        return any(
+            getattr(inner, setting) is not None
+            for setting in (
+                "clipnorm",
+                "clipvalue",
+                "global_clipnorm",
+                "loss_scale_factor",
+            )
+        )
+
+    @contextlib.contextmanager
+    def _constraints_on_sampled_rows(self) -> Iterator[None]:
+        constraints = [t.constraint for t in self._tables if t.constraint is not None]
+        for constraint in constraints:
+            constraint.applied_by_optimizer += 1
+        try:
+            yield
+        finally:
+            for constraint in constraints:
+                constraint.applied_by_optimizer -= 1
+
+    def _update_table(
+        self, table: Table, gradient: Any, variable: Any, learning_rate: Any
+    ) -> None:
+        """The inner optimizer's own step, on the sampled rows of a table.
+
+        Args:
+            gradient: dense or sparse gradient of the table.
+            variable: the table, or the replica of it that is being updated.
+        """
+        decays = self._moments == "decay"
+        rows = engine.find_rows(gradient, every_row=table.last_update is None)
+
+        def read(whole: Any) -> _rows.RowView:
+            return _rows.RowView(engine.read_rows(whole, variable, rows.indices), whole)
+
+        def write(whole: Any, value: Any) -> None:
+            engine.write_rows(whole, variable, rows.indices, value)
+
+        weight = _rows.RowView(
+            engine.read_rows(variable, variable, rows.indices), table.variable
+        )
+        slots = {name: read(slot) for name, slot in table.slots.items()}
+        old_weight = weight.value
+        old_slots = {name: slot.value for name, slot in slots.items()}
+
+        if table.last_update is not None:
+            now = ops.cast(engine.read_count(self._iterations) + 1, "int32")
+            last_update = engine.read_rows(table.last_update, variable, rows.indices)
+            if decays:
+                self._decay(table, slots, now - 1 - last_update)
+            current = now + ops.zeros_like(last_update)
+            if not decays:
+                current = rows.keep_unsampled(current, last_update)
+            write(table.last_update, current)
+
+        optimizer = _private.with_rows(self._innermost, table.variable, slots)
+        _private.apply_weight_decay(optimizer, weight)
+        optimizer.update_step(rows.gradient, weight, learning_rate)
+        if table.constraint is not None:
+            weight.assign(table.constraint.constraint(weight))
+
+        write(variable, rows.keep_unsampled(weight.value, old_weight))
+        vocabulary = table.variable.shape[0]
+        for name, slot in slots.items():
+            value = slot.value
+            if not decays and table.slots[name].shape[0] == vocabulary:
+                value = rows.keep_unsampled(value, old_slots[name])
+            write(table.slots[name], value)
+
+    def _decay(self, table: Table, slots: dict, missed: Any) -> None:
+        """Let slots catch up on the steps in which their rows were not sampled."""
+        missed = ops.maximum(missed, 0)
+        for name, slot in slots.items():
+            if table.log_rates[name]:
+                slot.assign(_rows.decayed(slot.value, table.log_rates[name], missed))
+
+    def _catch_up(self) -> None:
+        self.catch_up_if(ops.convert_to_tensor(True))
+        self._may_lag = engine.SLOTS_MAY_LAG
+
+    def catch_up_if(self, predicate: Any) -> None:
+        """Make every row's slots current, if `predicate` (a scalar bool tensor)."""
+        for table in self._tables:
+            if table.last_update is None:
+                continue
+
+            def settle(last_update: Any, *values: Any, table: Table = table) -> tuple:
+                now = ops.cast(engine.read_count(self._iterations), "int32")
+                slots = {
+                    name: _rows.RowView(value, slot)
+                    for (name, slot), value in zip(
+                        table.slots.items(), values, strict=True
+                    )
+                }
+                if self._moments == "decay":
+                    self._decay(table, slots, now - last_update)
+                current = now + ops.zeros_like(last_update)
+                return (current, *(slot.value for slot in slots.values()))
+
+            group = (table.last_update, *table.slots.values())
+            engine.update_if(predicate, [group], settle)
+
+    def moved_rows(self, variable: Any, updates: int) -> Any:
+        """Rows of a table (or of a slot) that the last `updates` updates moved.
+
+        Returns:
+            An int tensor, or `None` for all rows.
+        """
+        table = self._table(variable)
+        if table is None or table.last_update is None or self.ema_overwrite_frequency:
+            return None
+        now = engine.read_count(self._iterations)
+        return engine.rows_since(table.last_update, variable, now - updates)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The wrapper's own variables, then the inner optimizer's, caught up."""
+        lags = self.built and self._may_lag and self._moments == "decay"
+        if lags and not engine.is_recording():
+            self._catch_up()
+        return super().variables
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        self._may_lag = True
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, serialized."""
+        tables = [t.variable for t in self._tables] if self._tables else None
+        return {
+            **super().get_config(),
+            "embedding_layers": _tables.source_names(self._sources, tables),
+            "moments": self._moments,
+        }
+
+
+class OnSampledRows(keras.constraints.Constraint):
+    """A table's constraint, which `LazyOptimizer` applies to the sampled rows.
+
+    Keras applies a variable's constraint to all of it after each step. While a
+    `LazyOptimizer` steps, which has then applied it, this returns the table as it
+    is; otherwise, to another optimizer say, it is the user's constraint.
+    """
+
+    def __init__(self, constraint: Any) -> None:
+        self.constraint = constraint
+        self.applied_by_optimizer = 0
+
+    def __call__(self, w: Any) -> Any:
+        return w if self.applied_by_optimizer else self.constraint(w)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"constraint": keras.constraints.serialize(self.constraint)}
+
+
+def _acts_on_rows(constraint: Any) -> bool:
+    """Whether a constraint's value for a row depends on that row alone."""
+    if constraint is None or isinstance(constraint, keras.constraints.NonNeg):
+        return True
+    by_axis = (
+        keras.constraints.MaxNorm,
+        keras.constraints.MinMaxNorm,
+        keras.constraints.UnitNorm,
+    )
+    return isinstance(constraint, by_axis) and constraint.axis in (1, -1, [1], [-1])
+
+
+def _check_moments(moments: Any) -> None:
+    if moments not in MOMENTS:
+        raise ValueError(
+            "`moments` says what the slots of rows that were not sampled do: "
+            f"{' or '.join(map(repr, MOMENTS))}. Received: moments={moments!r}."
+        )
+
+
+def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
+    for optimizer in chain(inner_optimizer):
+        inside = type(optimizer).__name__
+        if isinstance(optimizer, LazyOptimizer):
+            raise ValueError(
+                "A LazyOptimizer inside a LazyOptimizer has no meaning. Name all "
+                "tables in one: LazyOptimizer(Adam(1e-3), embedding_layers=[...])."
+            )
+        if isinstance(optimizer, OptimizerWrapper):
+            raise ValueError(
+                f"LazyOptimizer goes inside {inside}, not around it: write "
+                f"{inside}(LazyOptimizer(Adam(1e-3)), ...)."
+            )
+        if hasattr(optimizer, "optimizers"):
+            raise ValueError(
+                f"LazyOptimizer goes inside {inside}, not around it: give it one "
+                "of the optimizers there, wrapped, for the embedding tables."
+            )
+        if "update_step" in vars(optimizer):
+            raise ValueError(
+                f"This {inside} already works inside another LazyOptimizer. "
+                "Give each its own inner optimizer."
+            )

@@ -1,0 +1,262 @@
+"""Lookahead: k steps forward, 1 step back."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lookahead_lazy import _private
+from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._lazy import LazyOptimizer
+from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
+
+INNER_STATES = ("maintain", "interpolate", "reset")
+
+
+@keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
+class Lookahead(OptimizerWrapper):
+    r"""Lets an optimizer run k steps ahead, then pulls the weights back.
+
+    The model holds the fast weights \(\theta\), which the inner optimizer updates;
+    this optimizer keeps the slow weights \(\phi\). Before the first update
+    \(\phi \leftarrow \theta\), and after every k-th
+
+    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad
+      \theta \leftarrow \phi.$$
+
+    An update is a step that changes the weights: one that gradient accumulation
+    only stores, or that loss scaling skips, is none. Everything that can be set on
+    a Keras optimizer is set on the inner one.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_lookahead_lazy import Lookahead
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> optimizer = Lookahead(keras.optimizers.Adam(1e-3), k=5, alpha=0.5)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Args:
+        optimizer: the inner optimizer: a Keras optimizer, its name or its config.
+        k: int, updates between two pulls. Defaults to 5.
+        alpha: float in (0, 1], the step of the slow weights. Defaults to 0.5.
+        inner_state: what a pull does to the slots that the inner optimizer keeps
+            for each weight (momenta, second moments): `"maintain"` leaves them,
+            `"interpolate"` pulls them back to a slow copy of their own with the
+            same `alpha`, `"reset"` gives them their initial value. Counters, and
+            with them schedules and bias correction, go on in all three.
+        name: name of the optimizer.
+
+    Raises:
+        TypeError: `optimizer` is no optimizer, or a setting of the inner optimizer
+            was given to `Lookahead`.
+        ValueError: `k`, `alpha` or `inner_state` is out of range.
+
+    Reference: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
+    1 step back", NeurIPS 2019, arXiv:1907.08610.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.Optimizer | str | dict,
+        k: int = 5,
+        alpha: float = 0.5,
+        inner_state: str = "maintain",
+        name: str | None = None,
+        **misplaced: Any,
+    ) -> None:
+        k, alpha = _check_arguments(k, alpha, inner_state)
+        super().__init__(optimizer, name, misplaced)
+        self.k = k
+        self.alpha = alpha
+        self.inner_state = inner_state
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Create the inner optimizer's variables and the slow copies.
+
+        Args:
+            variables: the model's trainable variables.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        self._make_slow_copies()
+
+    @_private.no_automatic_dependency_tracking
+    def _make_slow_copies(self) -> None:
+        # Zeros until the first update runs: only then are the weights known.
+        innermost = _private.innermost(self.inner_optimizer)
+        slots = [
+            slot
+            for variable in self._trainable_variables
+            for slot in _private.slots(innermost, variable).values()
+        ]
+        self._pairs = self._with_slow_copies(self._trainable_variables)
+        self._slot_pairs, self._initial_slots = [], []
+        if self.inner_state == "interpolate":
+            self._slot_pairs = self._with_slow_copies(slots)
+        elif self.inner_state == "reset":
+            self._initial_slots = [(slot, _initial_value(slot)) for slot in slots]
+
+    def _with_slow_copies(self, variables: list) -> list[tuple]:
+        return [
+            (fast, self.add_variable_from_reference(fast, name="slow"))
+            for fast in variables
+        ]
+
+    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
+        """Let the inner optimizer update the weights; after every k-th, pull back.
+
+        Args:
+            grads: a gradient for each variable, or `None`.
+            trainable_variables: the variables; by default those of `build`.
+        """
+        self._build_on_first_use(trainable_variables)
+        updates = engine.read_count(self._iterations)
+        engine.back_up_first(updates, self._pairs + self._slot_pairs)
+        updated = self._apply_inner(grads, trainable_variables)
+        updates = updates + updated
+        is_sync = (updated == 1) & (updates % self.k == 0)
+        engine.pull_back_if(is_sync, self._pairs, self.alpha, self._moved_rows)
+        self._sync_slots_if(is_sync)
+        engine.write_count(self._iterations, updates)
+
+    def _sync_slots_if(self, is_sync: Any) -> None:
+        lazy = self._lazy_optimizer()
+        if self._slot_pairs:
+            if lazy is not None:
+                lazy.catch_up_if(is_sync)
+            engine.pull_back_if(is_sync, self._slot_pairs, self.alpha)
+        for slot, value in self._initial_slots:
+            engine.update_if(
+                is_sync,
+                [(slot,)],
+                lambda old, value=value: (ops.full_like(old, value),),
+                self._moved_rows,
+            )
+
+    def _moved_rows(self, variable: Any) -> Any:
+        """Rows of a weight or slot that this cycle moved; `None` for all.
+
+        The others are where the sync would put them: fast equals slow since the
+        last one, and a slot that was reset and not touched is still what it was.
+        """
+        lazy = self._lazy_optimizer()
+        return None if lazy is None else lazy.moved_rows(variable, self.k)
+
+    def _lazy_optimizer(self) -> LazyOptimizer | None:
+        for optimizer in chain(self.inner_optimizer):
+            if isinstance(optimizer, LazyOptimizer):
+                return optimizer
+        return None
+
+    @contextlib.contextmanager
+    def slow_weights(self, model: keras.Model) -> Iterator[None]:
+        """Put the slow weights into the model for the length of a `with` block.
+
+        The fast weights are set aside and come back bit for bit, also after an
+        exception. Before the first update both are the same.
+
+        Example:
+
+        >>> import keras, numpy as np
+        >>> from keras_lookahead_lazy import Lookahead
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> lookahead = Lookahead("adam")
+        >>> model.compile(optimizer=lookahead, loss="mse")
+        >>> x, y = np.ones((8, 4)), np.ones((8, 1))
+        >>> history = model.fit(x, y, verbose=0)
+        >>> with lookahead.slow_weights(model):
+        ...     loss = model.evaluate(x, y, verbose=0)
+
+        Args:
+            model: the model that this optimizer trains.
+
+        Raises:
+            ValueError: the optimizer has not been built for this model's weights.
+        """
+        self._check_trains(model)
+        engine.sync_model(model)
+        fast = [ops.copy(variable) for variable, _ in self._pairs]
+        self.load_slow_weights(model)
+        try:
+            yield
+        finally:
+            for (variable, _), value in zip(self._pairs, fast, strict=True):
+                variable.assign(value)
+
+    def load_slow_weights(self, model: keras.Model) -> None:
+        """Give the model the slow weights for good.
+
+        Args:
+            model: the model that this optimizer trains.
+        """
+        self._check_trains(model)
+        engine.sync_model(model)
+        if int(ops.convert_to_numpy(self._iterations)) == 0:
+            return
+        for fast, slow in self._pairs:
+            fast.assign(slow)
+
+    def _check_trains(self, model: keras.Model) -> None:
+        weights = {id(weight) for weight in model.trainable_variables}
+        if not self.built or not weights <= {id(fast) for fast, _ in self._pairs}:
+            raise ValueError(
+                f"This Lookahead does not train the model {model.name!r} (yet). "
+                "Compile the model with it, and build or fit the model, first."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, serialized."""
+        return {
+            **super().get_config(),
+            "k": self.k,
+            "alpha": self.alpha,
+            "inner_state": self.inner_state,
+        }
+
+
+def _check_arguments(k: Any, alpha: Any, inner_state: Any) -> tuple[int, float]:
+    try:
+        steps = operator.index(k)
+    except TypeError:
+        steps = 0
+    if isinstance(k, bool) or steps < 1:
+        raise ValueError(
+            "`k` is the number of updates between two syncs, an int of at least 1, "
+            f"such as k=5. Received: k={k!r}."
+        )
+    try:
+        step = float(alpha)
+    except (TypeError, ValueError):
+        step = float("nan")
+    if isinstance(alpha, (bool, str)) or not 0 < step <= 1:
+        raise ValueError(
+            "`alpha` is the step of the slow weights, a number in (0, 1], such as "
+            f"alpha=0.5. Received: alpha={alpha!r}."
+        )
+    if inner_state not in INNER_STATES:
+        raise ValueError(
+            "`inner_state` says what a sync does to the inner optimizer's slots: "
+            f"{', '.join(map(repr, INNER_STATES))}. Received: "
+            f"inner_state={inner_state!r}."
+        )
+    return steps, step
+
+
+def _initial_value(slot: keras.Variable) -> float:
+    """The constant that a new slot is filled with."""
+    low, high = float(ops.min(slot)), float(ops.max(slot))
+    if low != high:
+        raise ValueError(
+            "inner_state='reset' gives the slots of the inner optimizer their "
+            f"initial value, but {slot.path} starts from different values in "
+            "different places, or has been trained already. Use 'maintain' or "
+            "'interpolate', or an optimizer that has not been used yet."
+        )
+    return low

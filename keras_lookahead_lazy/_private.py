@@ -1,0 +1,114 @@
+"""Every name that Keras does not publish and this package cannot do without.
+
+A wrapper has to reach its inner optimizer's per-weight state, and a lazy step
+has to run the inner optimizer's `update_step` on something smaller than the
+weight. Keras has no public way to do either. Each use is here, with the reason;
+the tests run it against the oldest and the newest Keras that `pyproject.toml`
+admits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.utils.tracking import no_automatic_dependency_tracking
+
+__all__ = [
+    "apply_weight_decay",
+    "compile_arguments",
+    "innermost",
+    "no_automatic_dependency_tracking",
+    "register_variables",
+    "slots",
+    "with_rows",
+]
+
+# Lists with one entry per weight that are no slots: the weights themselves, and
+# what the base class keeps for every optimizer.
+_NOT_SLOTS = {
+    "_trainable_variables",
+    "_variables",
+    "_accumulated_gradients",
+    "_model_variables_moving_average",
+}
+
+
+def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """The optimizer at the end of a chain of `inner_optimizer`s."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def register_variables(optimizer: keras.Optimizer, variables: list) -> None:
+    """Tell an optimizer which weights it trains, without building anything.
+
+    `Optimizer.build` would also make the averages and gradient accumulators that
+    a wrapper's inner optimizer already has.
+    """
+    optimizer._trainable_variables = variables
+    optimizer._trainable_variables_indices = {
+        optimizer._var_key(v): i for i, v in enumerate(variables)
+    }
+    optimizer.built = True
+
+
+def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable]:
+    """What a built optimizer keeps for one weight, by the name of its list.
+
+    Keras's convention, which its own optimizers and its guide for new ones
+    follow: a list attribute with one entry per weight, in the order of `build`.
+    """
+    index = optimizer._get_variable_index(variable)
+    weights = len(optimizer._trainable_variables)
+    found = {}
+    for name, entries in vars(optimizer).items():
+        if name in _NOT_SLOTS or not isinstance(entries, list):
+            continue
+        if len(entries) == weights and isinstance(entries[index], keras.Variable):
+            found[name] = entries[index]
+    return found
+
+
+def with_rows(
+    optimizer: keras.Optimizer, variable: Any, views: dict[str, keras.Variable]
+) -> keras.Optimizer:
+    """A stand-in for `optimizer` that finds `views` where one weight's slots were.
+
+    It shares everything else (hyperparameters, counters, learning rate), so its
+    `update_step` is the inner optimizer's own, run on other storage. It is made
+    without `__init__` or `copy`, which would create variables.
+    """
+    index = optimizer._get_variable_index(variable)
+    key = optimizer._var_key(variable)
+    stand_in = object.__new__(type(optimizer))
+    state = vars(stand_in)
+    state.update(vars(optimizer))
+    state.pop("update_step", None)
+    state.pop("_apply_weight_decay", None)
+    for name, view in views.items():
+        entries = list(state[name])
+        entries[index] = view
+        state[name] = entries
+    # TensorFlow's versions of these five insist on a `tf.Variable`.
+    state["assign"] = lambda variable, value: variable.assign(value)
+    state["assign_add"] = lambda variable, value: variable.assign_add(value)
+    state["assign_sub"] = lambda variable, value: variable.assign_sub(value)
+    state["_var_key"] = lambda variable: key
+    if type(optimizer)._apply_weight_decay is keras.Optimizer._apply_weight_decay:
+        state["_apply_weight_decay"] = BaseOptimizer._apply_weight_decay.__get__(
+            stand_in
+        )
+    return stand_in
+
+
+def apply_weight_decay(optimizer: keras.Optimizer, variable: Any) -> None:
+    """The optimizer's own decoupled weight decay, on one weight."""
+    optimizer._apply_weight_decay([variable])
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """What the user gave to `model.compile`, to call it again with."""
+    return dict(model._compile_config.config)

@@ -1,0 +1,169 @@
+"""Which of a model's weights are embedding tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+# What `keras.layers.Embedding` calls its table, and the factor of it that has a
+# row for each token when LoRA is enabled.
+TABLE_NAMES = ("embeddings", "lora_embeddings_a")
+
+Source = keras.layers.Layer | keras.Variable | str
+
+
+def check_sources(sources: Any) -> list[Source] | None:
+    """The user's `embedding_layers`, or an error that says what to write instead."""
+    if sources is None:
+        return None
+    if isinstance(sources, (str, keras.Variable, keras.layers.Layer)) or not isinstance(
+        sources, Sequence
+    ):
+        raise TypeError(
+            "`embedding_layers` is a list of Embedding layers, variables or names, "
+            f"or None for every Embedding layer. Received: {sources!r} of type "
+            f"{type(sources).__name__}. Write embedding_layers=[...]."
+        )
+    if not sources:
+        raise ValueError(
+            "`embedding_layers` is an empty list. Pass None for every Embedding "
+            "layer of the model, or name at least one."
+        )
+    for source in sources:
+        if isinstance(source, keras.layers.Embedding):
+            continue
+        if isinstance(source, keras.layers.Layer):
+            raise ValueError(
+                f"Layer {source.name!r} in `embedding_layers` is a "
+                f"{type(source).__name__}, not an Embedding. If it holds a table "
+                "that is looked up by row, pass that variable, or its path."
+            )
+        if isinstance(source, keras.Variable):
+            if len(source.shape) < 2:
+                raise ValueError(
+                    f"Variable {source.path!r} in `embedding_layers` has shape "
+                    f"{tuple(source.shape)}; a table has at least two dimensions."
+                )
+        elif not isinstance(source, str):
+            raise TypeError(
+                "`embedding_layers` takes Embedding layers, variables and names. "
+                f"Received in the list: {source!r} of type {type(source).__name__}."
+            )
+    return list(sources)
+
+
+def find_tables(
+    sources: list[Source] | None, variables: list[keras.Variable]
+) -> list[keras.Variable]:
+    """The tables among the weights to train.
+
+    Raises:
+        ValueError: a source is none of them, or there is no table at all.
+    """
+    if sources is None:
+        tables = [v for v in variables if _is_table(v)]
+        if not tables:
+            raise ValueError(
+                "LazyOptimizer found no embedding table among the trainable "
+                f"variables: {_listing(variables)}. A table is what a "
+                "keras.layers.Embedding makes; for another kind of layer pass its "
+                "variable, or the variable's path, in `embedding_layers`."
+            )
+        return tables
+    tables = []
+    for source in sources:
+        tables += [t for t in _tables_of(source, variables) if not _is_in(t, tables)]
+    return tables
+
+
+def source_names(
+    sources: list[Source] | None, tables: list[keras.Variable] | None
+) -> list[str] | None:
+    """Names that find the same tables in a copy of the model."""
+    if sources is None:
+        return None
+    if tables is not None:
+        return [table.path for table in tables]
+    return [
+        source
+        if isinstance(source, str)
+        else source.path
+        if isinstance(source, keras.Variable)
+        else source.name
+        for source in sources
+    ]
+
+
+def _tables_of(source: Source, variables: list[keras.Variable]) -> list[keras.Variable]:
+    if isinstance(source, str):
+        return [_named(source, variables)]
+    if isinstance(source, keras.Variable):
+        if not _is_in(source, variables):
+            raise ValueError(
+                f"Variable {source.path!r} in `embedding_layers` is not among the "
+                f"trainable variables of the model: {_listing(variables)}."
+            )
+        return [source]
+    tables = [v for v in variables if _is_table(v) and _is_in(v, source.weights)]
+    if not tables:
+        raise ValueError(
+            f"Layer {source.name!r} in `embedding_layers` has no table among the "
+            "trainable variables: it is not part of this model, or it is frozen. "
+            f"Trainable are: {_listing(variables)}."
+        )
+    return tables
+
+
+def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
+    """The one variable that `name` stands for: its path, its layer's, or an end.
+
+    Paths are not stable: the `net/words/embeddings` of a Sequential is
+    `words/embeddings` once the model has been loaded. So either may be the longer.
+    """
+    for matches in (
+        [v for v in variables if v.path == name],
+        [v for v in variables if _is_table(v) and _same_end(_owner(v), name)],
+        [v for v in variables if _same_end(v.path, name)],
+    ):
+        if len(matches) == 1:
+            break
+        if matches:
+            raise ValueError(
+                f"The name {name!r} in `embedding_layers` fits several variables: "
+                f"{_listing(matches)}. Write the whole path of one."
+            )
+    else:
+        raise ValueError(
+            f"The name {name!r} in `embedding_layers` fits no trainable variable. "
+            f"There are: {_listing(variables)}."
+        )
+    if len(matches[0].shape) < 2 or not (
+        _is_table(matches[0]) or matches[0].name == name.split("/")[-1]
+    ):
+        raise ValueError(
+            f"The name {name!r} in `embedding_layers` is no embedding table but "
+            f"{_listing(matches)}."
+        )
+    return matches[0]
+
+
+def _same_end(path: str, name: str) -> bool:
+    return f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}")
+
+
+def _owner(variable: keras.Variable) -> str:
+    return variable.path.rpartition("/")[0]
+
+
+def _is_table(variable: keras.Variable) -> bool:
+    return variable.name in TABLE_NAMES and len(variable.shape) == 2
+
+
+def _is_in(variable: keras.Variable, variables: list[keras.Variable]) -> bool:
+    return any(variable is other for other in variables)
+
+
+def _listing(variables: list[keras.Variable]) -> str:
+    return ", ".join(f"{v.path} {tuple(v.shape)}" for v in variables) or "none"

@@ -1,0 +1,257 @@
+"""What any wrapper of an inner Keras optimizer needs. Knows neither algorithm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lookahead_lazy import _backend, _private
+
+# What a user may set on a Keras optimizer. Here it is the inner optimizer's.
+SETTINGS = (
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+def _setting(name: str) -> Any:
+    """A property that reads and writes the inner optimizer's attribute."""
+
+    def read(self: OptimizerWrapper) -> Any:
+        return getattr(self.inner_optimizer, name)
+
+    def write(self: OptimizerWrapper, value: Any) -> None:
+        # The base class's `__init__` sets its defaults before there is an inner
+        # optimizer; they are not meant for that one.
+        if "inner_optimizer" in vars(self):
+            setattr(self.inner_optimizer, name, value)
+
+    return property(read, write, doc=f"`{name}` of the inner optimizer.")
+
+
+class OptimizerWrapper(keras.Optimizer):
+    """An optimizer that lets another one compute the updates.
+
+    Args:
+        optimizer: a Keras optimizer, its name, or its config: the inner one.
+        name: name of the wrapper.
+        misplaced: keyword arguments that a user meant for the inner optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.Optimizer | str | dict,
+        name: str | None,
+        misplaced: dict[str, Any],
+    ) -> None:
+        _backend.check_backend()
+        cls = type(self).__name__
+        if misplaced:
+            setting = next(iter(misplaced))
+            raise TypeError(
+                f"{cls} takes no argument `{setting}`. Give it to the inner "
+                f"optimizer: {cls}(keras.optimizers.Adam({setting}="
+                f"{misplaced[setting]!r}), ...)."
+            )
+        inner_optimizer = _get_optimizer(optimizer, cls)
+        # A callable, so that the base class makes no learning rate of its own.
+        super().__init__(
+            learning_rate=lambda: self.inner_optimizer.learning_rate, name=name
+        )
+        self.inner_optimizer = inner_optimizer
+
+    weight_decay = _setting("weight_decay")
+    clipnorm = _setting("clipnorm")
+    clipvalue = _setting("clipvalue")
+    global_clipnorm = _setting("global_clipnorm")
+    use_ema = _setting("use_ema")
+    ema_momentum = _setting("ema_momentum")
+    ema_overwrite_frequency = _setting("ema_overwrite_frequency")
+    gradient_accumulation_steps = _setting("gradient_accumulation_steps")
+    # `keras.callbacks.SwapEMAWeights` looks for this.
+    _model_variables_moving_average = _setting("_model_variables_moving_average")
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """`loss_scale_factor` of the inner optimizer."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value: float | None) -> None:
+        if "inner_optimizer" not in vars(self):
+            return
+        if self._scales_the_loss():
+            # keras.optimizers.LossScaleOptimizer sets it on what it wraps.
+            raise ValueError(
+                f"The optimizer inside this {type(self).__name__} is a "
+                "LossScaleOptimizer already, and a loss must not be scaled twice. "
+                "With a float16 policy, compile the plain "
+                f"{type(self).__name__}(Adam(...)): Keras then wraps it itself. "
+                "Or pass auto_scale_loss=False to compile()."
+            )
+        self.inner_optimizer.loss_scale_factor = value
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Create the inner optimizer's variables, then this wrapper's."""
+        if self.built:
+            return
+        variables = list(variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        self._register(variables)
+
+    @_private.no_automatic_dependency_tracking
+    def _register(self, variables: list[keras.Variable]) -> None:
+        _private.register_variables(self, variables)
+
+    def _build_on_first_use(self, variables: list | None) -> None:
+        if self.built:
+            return
+        if variables is None:
+            raise ValueError(
+                "The optimizer is not built and got gradients without variables. "
+                "Call optimizer.build(model.trainable_variables) first, or pass "
+                "the variables along with the gradients."
+            )
+        with keras.name_scope(self.name):
+            self.build(variables)
+
+    def _apply_inner(self, grads: list, variables: list | None) -> Any:
+        """Let the inner optimizer work.
+
+        Returns:
+            The number of updates of the weights: 1, or 0 where gradient
+            accumulation only stored the gradients or loss scaling skipped them.
+        """
+        optimizer = self.inner_optimizer
+        if not self.gradient_accumulation_steps and not self._scales_the_loss():
+            _backend.engine.apply(optimizer, grads, variables)
+            return 1
+        before = _backend.engine.read_count(optimizer.iterations)
+        _backend.engine.apply(optimizer, grads, variables)
+        return _backend.engine.read_count(optimizer.iterations) - before
+
+    def _scales_the_loss(self) -> bool:
+        return any(
+            isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+            for optimizer in chain(self.inner_optimizer)
+        )
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The wrapper's own variables, then those of the inner optimizer."""
+        return self._variables[:] + self.inner_optimizer.variables
+
+    @property
+    def iterations(self) -> Any:
+        """Number of updates that the inner optimizer has made."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        """Learning rate of the inner optimizer; assign to it to change that."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    def exclude_from_weight_decay(
+        self, var_list: list | None = None, var_names: list[str] | None = None
+    ) -> None:
+        """Exclude weights from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Scale the loss as the inner optimizer asks for."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list: list) -> None:
+        """Let the inner optimizer set the weights that training ends on."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def set_weights(self, weights: list) -> None:
+        """Assign all of `variables`, from arrays in the same order."""
+        variables = self._variables + self.inner_optimizer.variables
+        if len(weights) != len(variables):
+            raise ValueError(
+                f"{type(self).__name__} has {len(variables)} variables; received "
+                f"{len(weights)} weights."
+            )
+        for variable, weight in zip(variables, weights, strict=True):
+            if tuple(variable.shape) != tuple(weight.shape):
+                raise ValueError(
+                    f"Variable {variable.path} has shape {tuple(variable.shape)}; "
+                    f"received a weight of shape {tuple(weight.shape)}."
+                )
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
+
+    # Keras saves the inner optimizer as a child of its own, so only what belongs
+    # to the wrapper is stored with it.
+
+    def save_own_variables(self, store: Any) -> None:
+        for i, variable in enumerate(self._variables):
+            store[str(i)] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) != len(self._variables):
+            raise ValueError(
+                f"The file holds {len(store.keys())} variables for the optimizer "
+                f"{self.name!r}, which has {len(self._variables)}. Was it saved "
+                f"with another optimizer or model than {type(self).__name__} has "
+                "been built for?"
+            )
+        for i, variable in enumerate(self._variables):
+            variable.assign(store[str(i)])
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, serialized."""
+        return {
+            "name": self.name,
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict | None = None
+    ) -> OptimizerWrapper:
+        """An unbuilt optimizer with the arguments in `config`."""
+        config = dict(config)
+        config["optimizer"] = keras.saving.deserialize_keras_object(
+            config["optimizer"], custom_objects=custom_objects
+        )
+        return cls(**config)
+
+
+def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
+    """An optimizer, the one inside it, and so on."""
+    optimizers = [optimizer]
+    while hasattr(optimizers[-1], "inner_optimizer"):
+        optimizers.append(optimizers[-1].inner_optimizer)
+    return optimizers
+
+
+def _get_optimizer(optimizer: Any, wrapper: str) -> keras.Optimizer:
+    if isinstance(optimizer, (str, dict)):
+        return keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.Optimizer):
+        return optimizer
+    what = (
+        f"the class {optimizer.__name__}; write {optimizer.__name__}()"
+        if isinstance(optimizer, type)
+        else f"{optimizer!r} of type {type(optimizer).__name__}"
+    )
+    raise TypeError(
+        f"{wrapper} wraps a Keras optimizer, given as an instance, a name or a "
+        f"config: {wrapper}(keras.optimizers.Adam(1e-3)). Received {what}."
+    )
