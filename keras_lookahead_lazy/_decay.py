@@ -58,12 +58,11 @@ def log_rates(optimizer: keras.Optimizer) -> dict[str, float] | None:
         shrinkage, which adds a multiple of the weight in every step), or whose
         `update_step` is the user's own.
     """
-    for known, rates in _RATES.items():
-        if _update_step(type(optimizer)) is known.update_step:
-            break
-    else:
-        return None
-    if getattr(optimizer, "l2_shrinkage_regularization_strength", 0.0):
+    update_steps = {_update_step(known): rates for known, rates in _RATES.items()}
+    rates = update_steps.get(_update_step(type(optimizer)))
+    if rates is None or getattr(
+        optimizer, "l2_shrinkage_regularization_strength", False
+    ):
         return None
     # exp(-1e4) is 0 in every float type, as 0 ** n is; 0 * -inf would be nan.
     return {

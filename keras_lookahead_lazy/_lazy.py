@@ -24,8 +24,8 @@ class Table:
     Attributes:
         variable: the table, of shape `(vocabulary, ...)`.
         slots: the inner optimizer's slots for it, by name.
-        log_rates: logarithm of each slot's decay in a step without gradient, or
-            `None`: then only the masked form of the step is right.
+        log_rates: logarithm of each slot's decay in a step without gradient, where
+            the step is computed on rows.
         last_update: int32 variable of shape `(vocabulary,)`, the update up to
             which a row's slots are current; `None` in the masked form.
         constraint: the user's constraint on the table.
@@ -34,7 +34,7 @@ class Table:
 
     variable: keras.Variable
     slots: dict[str, keras.Variable]
-    log_rates: dict[str, float] | None
+    log_rates: dict[str, float]
     last_update: keras.Variable | None
     constraint: OnSampledRows | None
     reason: str | None
@@ -103,8 +103,13 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
-        # Not tracked: the layers and variables belong to the model.
-        vars(self).update(_sources=sources, _tables=None)
+        self._remember(_sources=sources, _tables=[])
+
+    @_private.no_automatic_dependency_tracking
+    def _remember(self, **attributes: Any) -> None:
+        """Set attributes without taking the variables in them for one's own."""
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     @property
     def moments(self) -> str:
@@ -131,7 +136,7 @@ class LazyOptimizer(OptimizerWrapper):
         """
         return {
             table.variable.path: f"masked: {table.reason}" if table.reason else "rows"
-            for table in self._tables or []
+            for table in self._tables
         }
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -146,12 +151,14 @@ class LazyOptimizer(OptimizerWrapper):
         found = _tables.find_tables(self._sources, variables)
         super().build(variables)
         self._innermost = _private.innermost(self.inner_optimizer)
-        vars(self)["_tables"] = [self._make_table(variable) for variable in found]
-        vars(self)["_by_key"] = {
-            self._var_key(v): table
-            for table in self._tables
-            for v in (table.variable, *table.slots.values())
-        }
+        self._remember(_tables=[self._make_table(variable) for variable in found])
+        self._remember(
+            _by_key={
+                self._var_key(v): table
+                for table in self._tables
+                for v in (table.variable, *table.slots.values())
+            }
+        )
         self._may_lag = engine.SLOTS_MAY_LAG
         self._take_over()
 
@@ -175,7 +182,7 @@ class LazyOptimizer(OptimizerWrapper):
         if variable.constraint is not None:
             constraint = OnSampledRows(variable.constraint)
             variable.constraint = constraint
-        return Table(variable, slots, log_rates, last_update, constraint, reason)
+        return Table(variable, slots, log_rates or {}, last_update, constraint, reason)
 
     def _take_over(self) -> None:
         """Put this optimizer's step on tables in the inner optimizer's place."""
@@ -272,11 +279,12 @@ class LazyOptimizer(OptimizerWrapper):
 
         if table.last_update is not None:
             now = ops.cast(engine.read_count(self._iterations) + 1, "int32")
-            last_update = engine.read_rows(table.last_update, variable, rows.indices)
+            if decays or rows.sampled is not None:
+                last_update = read(table.last_update).value
             if decays:
                 self._decay(table, slots, now - 1 - last_update)
-            current = now + ops.zeros_like(last_update)
-            if not decays:
+            current = now + ops.zeros((ops.shape(rows.gradient)[0],), "int32")
+            if not decays and rows.sampled is not None:
                 current = rows.keep_unsampled(current, last_update)
             write(table.last_update, current)
 
@@ -353,7 +361,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
-        tables = [t.variable for t in self._tables] if self._tables else None
+        tables = [table.variable for table in self._tables]
         return {
             **super().get_config(),
             "embedding_layers": _tables.source_names(self._sources, tables),

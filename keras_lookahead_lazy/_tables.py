@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -11,7 +11,7 @@ import keras
 # row for each token when LoRA is enabled.
 TABLE_NAMES = ("embeddings", "lora_embeddings_a")
 
-Source = keras.layers.Layer | keras.Variable | str
+Source: TypeAlias = keras.layers.Layer | keras.Variable | str
 
 
 def check_sources(sources: Any) -> list[Source] | None:
@@ -79,12 +79,15 @@ def find_tables(
 
 
 def source_names(
-    sources: list[Source] | None, tables: list[keras.Variable] | None
+    sources: list[Source] | None, tables: list[keras.Variable]
 ) -> list[str] | None:
-    """Names that find the same tables in a copy of the model."""
+    """Names that find the same tables in a copy of the model.
+
+    `tables` are those that were found, an empty list before the build.
+    """
     if sources is None:
         return None
-    if tables is not None:
+    if tables:
         return [table.path for table in tables]
     return [
         source

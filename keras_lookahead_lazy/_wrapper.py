@@ -69,6 +69,8 @@ class OptimizerWrapper(keras.Optimizer):
         )
         self.inner_optimizer = inner_optimizer
 
+    inner_optimizer: keras.Optimizer
+
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
     clipvalue = _setting("clipvalue")

@@ -31,11 +31,12 @@ def find_rows(gradient: Any, every_row: bool) -> Rows:
         return Rows(None, gradient, _has_entries(gradient))
     if isinstance(gradient, tf.IndexedSlices):
         slices = sum_duplicates(gradient)
-        return Rows(slices.indices, slices.values, _has_entries(slices.values))
-    sampled = _has_entries(gradient)
+        if _in_xla():
+            return Rows(slices.indices, slices.values, _has_entries(slices.values))
+        return Rows(*_without_idle_rows(slices.indices, slices.values), None)
     if _in_xla():
-        return Rows(None, gradient, sampled)
-    indices = tf.where(sampled)[:, 0]
+        return Rows(None, gradient, _has_entries(gradient))
+    indices = tf.where(_has_entries(gradient))[:, 0]
     return Rows(indices, tf.gather(gradient, indices), None)
 
 
@@ -58,6 +59,20 @@ def sum_duplicates(slices: tf.IndexedSlices) -> tf.IndexedSlices:
         tf.gather(values, order), position, tf.size(indices)
     )
     return _Slices(tf.gather(sums, position), indices, slices.dense_shape)
+
+
+def _without_idle_rows(indices: tf.Tensor, values: tf.Tensor) -> tuple:
+    """Leave out rows whose gradient is zero, such as a masked token's.
+
+    They are rare: where no row even begins with a zero, there is none to look for.
+    """
+
+    def leave_out() -> tuple:
+        sampled = _has_entries(values)
+        return tf.boolean_mask(indices, sampled), tf.boolean_mask(values, sampled)
+
+    first = tf.reshape(values, [tf.size(indices), -1])[:, 0]
+    return tf.cond(tf.reduce_all(first != 0), lambda: (indices, values), leave_out)
 
 
 class _Slices(tf.IndexedSlices):

@@ -1,0 +1,273 @@
+"""Everything that users set on an optimizer, through the wrappers."""
+
+import keras
+import numpy as np
+import pytest
+from harness import (
+    BACKEND,
+    MODES,
+    Run,
+    assert_agree,
+    assert_same_bits,
+    make,
+    make_gradients,
+    make_weights,
+)
+from reference import Reference
+
+from keras_lookahead_lazy import LazyOptimizer, Lookahead
+
+LAZY = {"tables": [0], "moments": "decay"}
+LOOKAHEAD = {"k": 3, "alpha": 0.5}
+
+
+def both(optimizer):
+    return Lookahead(LazyOptimizer(optimizer), **LOOKAHEAD)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sparse", [(), (0,)], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_decay": 0.05},
+        {"clipnorm": 0.5},
+        {"clipvalue": 0.3},
+        {"global_clipnorm": 0.8},
+        {"use_ema": True, "ema_momentum": 0.8},
+        {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 4},
+        {"loss_scale_factor": 8.0},
+        {"gradient_accumulation_steps": 3},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.05, "clipnorm": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_settings(kind, settings, sparse, mode):
+    if sparse and "graph" not in MODES:
+        pytest.skip("only TensorFlow has sparse gradients")
+    arguments = {"learning_rate": 0.05, **settings}
+    if kind == "SGD":
+        arguments["momentum"] = 0.9
+    weights = make_weights()
+    reference = Reference(weights, (kind, arguments), lazy=LAZY, lookahead=LOOKAHEAD)
+    optimizer = both(make((kind, arguments)))
+    run = Run(optimizer, weights, mode, sparse)
+    for step in make_gradients(20, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+    for name, value in settings.items():
+        assert getattr(optimizer, name) == value
+    if settings.get("use_ema"):
+        averages = optimizer._model_variables_moving_average
+        averages = [keras.ops.convert_to_numpy(average) for average in averages]
+        assert_agree(averages, reference.averages)
+        optimizer.finalize_variable_values(run.variables)
+        assert_agree(run.weights, reference.averages)
+
+
+def test_settings_can_be_changed():
+    optimizer = both(keras.optimizers.Adam(1e-3))
+    for name, value in {
+        "weight_decay": 0.1,
+        "clipnorm": 1.0,
+        "loss_scale_factor": 2.0,
+        "learning_rate": 0.5,
+    }.items():
+        setattr(optimizer, name, value)
+        innermost = optimizer.inner_optimizer.inner_optimizer
+        assert float(getattr(innermost, name)) == value
+        assert float(getattr(optimizer, name)) == value
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_learning_rate_schedule(mode):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    case = ("Adam", {"learning_rate": schedule})
+    weights = make_weights()
+    reference = Reference(weights, case, lazy=LAZY, lookahead=LOOKAHEAD)
+    run = Run(both(make(case)), weights, mode)
+    for step in make_gradients(12, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+
+
+def test_exclude_from_weight_decay():
+    case = ("AdamW", {"learning_rate": 0.05, "weight_decay": 0.2})
+    weights = make_weights()
+    reference = Reference(weights, case, lazy=LAZY, undecayed=(2,))
+    optimizer = LazyOptimizer(make(case))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    run = Run(optimizer, weights)
+    for step in make_gradients(8, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axis", [0, 1], ids=["across rows", "by row"])
+def test_constraint_moves_no_row_that_was_not_sampled(axis, mode):
+    def max_norm(w):
+        norms = np.sqrt(np.sum(w**2, axis=axis, keepdims=True))
+        return w * np.clip(norms, 0, 0.9) / (1e-7 + norms)
+
+    case = ("Adam", {"learning_rate": 0.1})
+    weights = make_weights()
+    constraints = [max_norm, None, None]
+    reference = Reference(weights, case, lazy=LAZY, constraints=constraints)
+    optimizer = LazyOptimizer(make(case))
+    user_constraint = keras.constraints.MaxNorm(0.9, axis=axis)
+    run = Run.__new__(Run)
+    original = keras.Variable
+
+    def with_constraint(value, name):
+        variable = original(value, name=name)
+        if name == "embeddings":
+            variable.constraint = user_constraint
+        return variable
+
+    keras.Variable, run = with_constraint, None
+    try:
+        import harness
+
+        variables = harness.make_variables(weights)
+    finally:
+        keras.Variable = original
+    harness_make, harness.make_variables = harness.make_variables, lambda _: variables
+    try:
+        run = Run(optimizer, weights, mode, (0,))
+    finally:
+        harness.make_variables = harness_make
+    before = run.weights[0]
+    for step in make_gradients(10, weights):
+        reference.apply(step)
+        ours = run.step(step)
+        assert_agree(ours, reference.weights)
+        idle = ~np.any(step[0] != 0, axis=1)
+        assert_same_bits([ours[0][idle]], [before[idle]])
+        before = ours[0]
+    form = optimizer.step_forms["words/embeddings"]
+    assert form == "rows" if axis == 1 else form.startswith("masked")
+    # For anybody else the table still has the user's constraint.
+    constrained = keras.ops.convert_to_numpy(variables[0].constraint(variables[0]))
+    assert_agree([constrained], [max_norm(ours[0].astype("float64"))])
+
+
+def test_iterations_count_updates():
+    case = ("Adam", {"gradient_accumulation_steps": 2})
+    weights = make_weights()
+    optimizer = both(make(case))
+    run = Run(optimizer, weights)
+    for step in make_gradients(6, weights):
+        run.step(step)
+    assert int(optimizer.iterations) == 3
+    assert int(optimizer.inner_optimizer.iterations) == 3
+
+
+def make_model():
+    return keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(10, 3, name="words"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def make_data(samples=32):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
+
+
+def test_learning_rate_callbacks():
+    x, y = make_data()
+    model = make_model()
+    model.compile(both(keras.optimizers.Adam(0.1)), "mse")
+    model.fit(
+        x,
+        y,
+        epochs=2,
+        verbose=0,
+        callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch, lr: lr / 2)],
+    )
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.025)
+    model.fit(
+        x,
+        y,
+        epochs=2,
+        verbose=0,
+        callbacks=[
+            keras.callbacks.ReduceLROnPlateau("loss", 0.1, patience=1, min_delta=1e9)
+        ],
+    )
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.0025)
+
+
+def test_swap_ema_weights():
+    x, y = make_data()
+    losses = {}
+    for name, wrap in {"plain": lambda o: o, "wrapped": lambda o: both(o)}.items():
+        keras.utils.set_random_seed(1)
+        model = make_model()
+        inner = keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5)
+        # k is out of reach and every token is sampled: the numbers are the same.
+        optimizer = inner if name == "plain" else Lookahead(inner, k=1000)
+        del wrap
+        model.compile(optimizer, "mse")
+        history = model.fit(
+            x,
+            y,
+            validation_data=(x, y),
+            epochs=2,
+            verbose=0,
+            callbacks=[keras.callbacks.SwapEMAWeights()],
+        )
+        losses[name] = history.history["val_loss"]
+    assert losses["plain"] == pytest.approx(losses["wrapped"], rel=1e-6)
+
+
+@pytest.mark.parametrize("order", ["automatic", "inside"])
+def test_loss_scaling_that_skips_a_step(order):
+    """A step that LossScaleOptimizer skips is none: not for k, not for slots."""
+    case = ("Adam", {"learning_rate": 0.05})
+    weights = make_weights()
+    steps = make_gradients(9, weights)
+    reference = Reference(weights, case, lazy=LAZY, lookahead=LOOKAHEAD)
+    scale = 2.0**10
+    scaled = keras.optimizers.LossScaleOptimizer
+    if order == "automatic":
+        optimizer = scaled(both(make(case)), initial_scale=scale)
+    else:
+        inside = LazyOptimizer(scaled(make(case), initial_scale=scale))
+        optimizer = Lookahead(inside, **LOOKAHEAD)
+    run = Run(optimizer, weights, sparse=(0,))
+    for i, step in enumerate(steps):
+        if i in (2, 5):
+            bad = [g.copy() for g in step]
+            bad[1][0, 0] = np.inf
+            before = run.weights
+            assert_same_bits(run.step(bad), before)
+            scale /= 2
+        reference.apply(step)
+        ours = run.step([g * np.float32(scale) for g in step])
+        assert_agree(ours, reference.weights)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_fit(policy):
+    if policy == "mixed_float16" and BACKEND == "torch":
+        pytest.skip("Keras on torch has no float16 matmul gradient on this CPU")
+    x, y = make_data()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = make_model()
+        model.compile(both(keras.optimizers.Adam(0.05)), "mse")
+        history = model.fit(x, y, epochs=3, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    wrapper = model.optimizer.inner_optimizer if scaled else model.optimizer
+    assert isinstance(wrapper, Lookahead)
