@@ -291,10 +291,13 @@ class LazyOptimizer(OptimizerWrapper):
         optimizer = _private.with_rows(self._innermost, table.variable, slots)
         _private.apply_weight_decay(optimizer, weight)
         optimizer.update_step(rows.gradient, weight, learning_rate)
+        new_weight = rows.keep_unsampled(weight.value, old_weight)
         if table.constraint is not None:
-            weight.assign(table.constraint.constraint(weight))
+            weight.assign(new_weight)
+            new_weight = table.constraint.constraint(weight)
+            new_weight = rows.keep_unsampled(new_weight, old_weight)
 
-        write(variable, rows.keep_unsampled(weight.value, old_weight))
+        write(variable, new_weight)
         vocabulary = table.variable.shape[0]
         for name, slot in slots.items():
             value = slot.value

@@ -79,12 +79,14 @@ def make_gradients(
     return gradients
 
 
-def make_variables(weights: list[np.ndarray]) -> list[keras.Variable]:
+def make_variables(weights: list[np.ndarray], constraint: Any) -> list[keras.Variable]:
+    """A variable for each weight; `constraint` is that of the first."""
     variables = []
     for name, weight in zip(NAMES, weights, strict=False):
         layer, variable = name.split("_")
         with keras.name_scope(layer):
             variables.append(keras.Variable(weight, name=variable))
+    variables[0].constraint = constraint
     return variables
 
 
@@ -103,9 +105,10 @@ class Run:
         weights: list[np.ndarray],
         mode: str = MODES[0],
         sparse: tuple[int, ...] = (),
+        constraint: Any = None,
     ) -> None:
         self.optimizer = optimizer
-        self.variables = make_variables(weights)
+        self.variables = make_variables(weights, constraint)
         optimizer.build(self.variables)
         self.sparse = sparse if BACKEND == "tensorflow" else ()
         self._step = getattr(self, f"_{BACKEND}_step")(mode)

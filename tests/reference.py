@@ -592,7 +592,8 @@ class Reference:
             self.weights[i] = only_rows(rows, self.weights[i], before[i])
 
     def _sync(self) -> None:
-        assert self.slow_weights is not None and self.slow_slots is not None
+        assert self.slow_weights is not None
+        assert self.slow_slots is not None
         pairs = zip(self.slow_weights, self.weights, strict=True)
         self.weights = [lookahead(slow, fast, self.alpha) for slow, fast in pairs]
         self.slow_weights = self.weights

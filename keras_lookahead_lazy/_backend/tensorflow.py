@@ -25,40 +25,64 @@ def all_rows(variable: Any) -> None:
 
 
 def find_rows(gradient: Any, every_row: bool) -> Rows:
-    """The rows of a table that `gradient` (dense or `tf.IndexedSlices`) touches."""
+    """The rows of a table that `gradient` (dense or `tf.IndexedSlices`) touches.
+
+    Under XLA a row that was drawn n times is worked on n times, with the same sum
+    and the same result each time.
+    """
     if every_row:
         gradient = tf.convert_to_tensor(gradient)
         return Rows(None, gradient, _has_entries(gradient))
     if isinstance(gradient, tf.IndexedSlices):
-        slices = sum_duplicates(gradient)
         if _in_xla():
-            return Rows(slices.indices, slices.values, _has_entries(slices.values))
-        return Rows(*_without_idle_rows(slices.indices, slices.values), None)
+            indices, position, sums = _sorted_sums(gradient)
+            values = tf.gather(sums, position)
+            return Rows(indices, values, _has_entries(values))
+        gradient = sum_duplicates(gradient)
+        return Rows(*_without_idle_rows(gradient.indices, gradient.values), None)
     if _in_xla():
         return Rows(None, gradient, _has_entries(gradient))
     indices = tf.where(_has_entries(gradient))[:, 0]
     return Rows(indices, tf.gather(gradient, indices), None)
 
 
-def sum_duplicates(slices: tf.IndexedSlices) -> tf.IndexedSlices:
-    """One gradient row for each row of the table: the sum, as Keras 2 had it.
+def sum_duplicates(gradient: Any) -> Any:
+    """The same gradient with every row of the table in one place: the sum.
 
-    Under XLA, where the number of different rows may not shape a tensor, a row
-    that was drawn n times stays n times, each time with the sum.
+    Keras 2 summed; Keras 3 squares the duplicates one by one. Under XLA, where the
+    number of different rows may not shape a tensor, zeros take the other places.
+    A dense gradient is a sum already.
     """
-    indices, values = slices.indices, slices.values
-    if not _in_xla():
-        indices, position = tf.unique(indices)
-        values = tf.math.unsorted_segment_sum(values, position, tf.size(indices))
-        return _Slices(values, indices, slices.dense_shape)
-    order = tf.argsort(indices, stable=True)
-    indices = tf.gather(indices, order)
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    if _in_xla():
+        indices, position, sums = _sorted_sums(gradient)
+        is_first = tf.concat([[True], position[1:] != position[:-1]], axis=0)
+        is_first = tf.reshape(is_first, [-1] + [1] * (sums.shape.rank - 1))
+        values = tf.where(is_first, tf.gather(sums, position), tf.zeros_like(sums))
+    else:
+        indices, position = tf.unique(gradient.indices)
+        values = tf.math.unsorted_segment_sum(
+            gradient.values, position, tf.size(indices)
+        )
+    return _Slices(values, indices, gradient.dense_shape)
+
+
+def _sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Sums over duplicates in tensors of fixed shape.
+
+    Returns:
+        The row ids, sorted; for each of them the position of its sum; the sums, in
+        as many rows as there are ids, of which the first are used.
+    """
+    order = tf.argsort(slices.indices, stable=True)
+    indices = tf.gather(slices.indices, order)
     is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
     position = tf.concat([[0], tf.cumsum(is_new)], axis=0)
     sums = tf.math.unsorted_segment_sum(
-        tf.gather(values, order), position, tf.size(indices)
+        tf.gather(slices.values, order), position, tf.size(indices)
     )
-    return _Slices(tf.gather(sums, position), indices, slices.dense_shape)
+    return indices, position, sums
 
 
 def _without_idle_rows(indices: tf.Tensor, values: tf.Tensor) -> tuple:
