@@ -187,7 +187,7 @@ def update_if(
                 first, *others = (variable.value for variable in group)
                 strategy.extended.update(first, update, args=others, group=False)
 
-        tf.cond(predicate, update_all, lambda: None)
+        _run_if(predicate, update_all)
 
     if groups:
         tf.__internal__.distribute.interim.maybe_merge_call(
@@ -195,9 +195,32 @@ def update_if(
         )
 
 
+def _run_if(predicate: tf.Tensor, function: Callable) -> None:
+    """`tf.cond` without a second branch.
+
+    For XLA it is written as a loop of at most one round: XLA updates what a loop
+    carries in place, but copies what a condition leaves alone.
+    """
+    if not _in_xla():
+        tf.cond(predicate, function, lambda: None)
+        return
+
+    def once(pending: tf.Tensor) -> tuple[tf.Tensor]:
+        function()
+        return (tf.zeros_like(pending),)
+
+    tf.while_loop(lambda pending: pending, once, [predicate])
+
+
 def back_up_first(updates: Any, pairs: Groups) -> None:
     """slow := fast, before the first update."""
-    update_if(updates == 0, pairs, lambda fast, slow: (fast, fast))
+
+    def back_up(fast: tf.Tensor, slow: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if _in_xla():
+            fast = tf.where(updates < 0, slow, fast)
+        return fast, fast
+
+    update_if(updates == 0, pairs, back_up)
 
 
 def pull_back_if(

@@ -1,0 +1,1 @@
+"""Small pictures: SGD and Adam with and without Lookahead."""

@@ -1,0 +1,478 @@
+"""Training that is saved, loaded and continued, against training in one go."""
+
+import keras
+import numpy as np
+import pytest
+from harness import (
+    BACKEND,
+    MODES,
+    Run,
+    assert_agree,
+    assert_same_bits,
+    make,
+    make_gradients,
+    make_weights,
+)
+from reference import Reference
+
+from keras_lookahead_lazy import LazyOptimizer, Lookahead
+
+BATCH, BEFORE, AFTER = 4, 7, 6  # 7 steps leave every cycle below in its middle
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def adam():
+    return keras.optimizers.Adam(0.05, amsgrad=True)
+
+
+def nadam():
+    return keras.optimizers.Nadam(0.05)
+
+
+def rmsprop():
+    return keras.optimizers.RMSprop(0.02, momentum=0.9, centered=True)
+
+
+def accumulating():
+    return keras.optimizers.Adam(0.05, gradient_accumulation_steps=2)
+
+
+CASES = {
+    "maintain": lambda: Lookahead(sgd(), 5),
+    "interpolate": lambda: Lookahead(adam(), 5, 0.3, "interpolate"),
+    "reset": lambda: Lookahead(nadam(), 5, inner_state="reset"),
+    "decay": lambda: LazyOptimizer(adam()),
+    "decay-nadam": lambda: LazyOptimizer(nadam()),
+    "freeze": lambda: LazyOptimizer(rmsprop(), moments="freeze"),
+    "masked": lambda: LazyOptimizer(keras.optimizers.Adafactor(0.1)),
+    "both": lambda: Lookahead(LazyOptimizer(rmsprop()), 5, 0.7, "interpolate"),
+    "both-freeze": lambda: Lookahead(LazyOptimizer(sgd(), moments="freeze"), 4),
+    "twice": lambda: Lookahead(Lookahead(adam(), 3), 2, 0.8, "interpolate"),
+    "accumulating": lambda: Lookahead(LazyOptimizer(accumulating()), 2),
+}
+
+
+def make_model(optimizer=None, vocabulary=16):
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(vocabulary, 3, name="words"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, "tanh"),
+            keras.layers.Dense(1),
+        ],
+        name="net",
+    )
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+    if optimizer is not None:
+        model.compile(optimizer, "mse")
+    return model
+
+
+def make_data(steps=BEFORE + AFTER, vocabulary=16):
+    rng = np.random.default_rng(5)
+    x = np.minimum(rng.zipf(1.4, size=(steps * BATCH, 4)) - 1, vocabulary - 1)
+    return x, rng.normal(size=(steps * BATCH, 1))
+
+
+def fit(model, first=0, last=BEFORE + AFTER, **arguments):
+    x, y = make_data()
+    part = slice(first * BATCH, last * BATCH)
+    inputs = x[part]
+    if len(model.inputs) > 1:
+        inputs = [inputs] * len(model.inputs)
+    arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | arguments
+    return model.fit(inputs, y[part], **arguments)
+
+
+def numpy(variables):
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+
+
+def state(model):
+    """Weights, and all variables of the optimizer."""
+    return model.get_weights() + numpy(model.optimizer.variables)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def training(request, tmp_path_factory):
+    """The optimizer's factory, the state in the end, files from the middle, and the
+    state in the end of the run that wrote them."""
+    make_optimizer = CASES[request.param]
+    whole = make_model(make_optimizer())
+    fit(whole)
+    half = make_model(make_optimizer())
+    fit(half, last=BEFORE)
+    files = tmp_path_factory.mktemp(request.param)
+    half.save(files / "model.keras")
+    half.save_weights(files / "model.weights.h5")
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        checkpoint = tf.train.Checkpoint(model=half, optimizer=half.optimizer)
+        checkpoint.write(str(files / "checkpoint"))
+    fit(half, BEFORE)
+    return make_optimizer, state(whole), files, state(half)
+
+
+def test_saving_changes_nothing(training):
+    _, expected, _, saved_and_went_on = training
+    assert_same_bits(saved_and_went_on, expected)
+
+
+def test_keras_file(training):
+    _, expected, files, _ = training
+    model = keras.models.load_model(files / "model.keras")
+    fit(model, BEFORE)
+    assert_same_bits(state(model), expected)
+
+
+def test_weights_file(training):
+    make_optimizer, expected, files, _ = training
+    model = make_model(make_optimizer())
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(files / "model.weights.h5")
+    fit(model, BEFORE)
+    assert_same_bits(state(model), expected)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.train.Checkpoint")
+def test_checkpoint(training):
+    import tensorflow as tf
+
+    make_optimizer, expected, files, _ = training
+    model = make_model(make_optimizer())
+    model.optimizer.build(model.trainable_variables)
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    checkpoint.read(str(files / "checkpoint")).assert_consumed()
+    fit(model, BEFORE)
+    assert_same_bits(state(model), expected)
+
+
+def test_second_round_trip(tmp_path):
+    whole = make_model(CASES["both"]())
+    fit(whole)
+    model = make_model(CASES["both"]())
+    for first, last in ((0, 3), (3, 7), (7, 8), (8, 13)):
+        fit(model, first, last)
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_bits(state(model), state(whole))
+
+
+class Interrupt(keras.callbacks.Callback):
+    def __init__(self, at_batch):
+        super().__init__()
+        self.at_batch, self.batches = at_batch, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches += 1
+        if self.batches == self.at_batch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("case", ["interpolate", "both", "both-freeze"])
+def test_backup_and_restore(case, tmp_path):
+    """Epochs of 3 batches: interrupted in the third, taken up at its beginning."""
+    optimizer = CASES[case]
+    whole = make_model(optimizer())
+    fit(whole, last=3, epochs=4)
+    model = make_model(optimizer())
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, last=3, epochs=4, callbacks=[backup, Interrupt(8)])
+    model = make_model(optimizer())
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    history = fit(model, last=3, epochs=4, callbacks=[backup])
+    assert history.epoch == [2, 3]
+    assert_same_bits(state(model), state(whole))
+
+
+@pytest.mark.parametrize("file", ["model.keras", "model.weights.h5"])
+def test_model_checkpoint(file, tmp_path):
+    optimizer = CASES["both"]
+    whole = make_model(optimizer())
+    fit(whole, last=4, epochs=3)
+    model = make_model(optimizer())
+    path = tmp_path / ("{epoch}." + file)
+    callback = keras.callbacks.ModelCheckpoint(
+        path, save_weights_only=file.endswith(".h5")
+    )
+    fit(model, last=4, epochs=2, callbacks=[callback])
+    if file.endswith(".h5"):
+        model = make_model(optimizer())
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(str(path).format(epoch=2))
+    else:
+        model = keras.models.load_model(str(path).format(epoch=2))
+    fit(model, last=4)
+    assert_same_bits(state(model), state(whole))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
+@pytest.mark.parametrize(
+    ("case", "exact"),
+    [("interpolate", True), ("freeze", True), ("decay", False), ("both", False)],
+)
+def test_mixed_float16(case, exact, tmp_path):
+    """Where slots decay, the LossScaleOptimizer outside reads and so settles them."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        whole = make_model(CASES[case]())
+        fit(whole)
+        model = make_model(CASES[case]())
+        fit(model, last=BEFORE)
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+        fit(model, BEFORE)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    if exact:
+        assert_same_bits(state(model), state(whole))
+    else:
+        assert_agree(state(model), state(whole), 1e-6)
+
+
+# Which tables
+
+
+SOURCES = {
+    "layer": lambda model: [model.get_layer("words")],
+    "variable": lambda model: [model.get_layer("words").embeddings],
+    "name": lambda model: ["words"],
+    "short path": lambda model: ["words/embeddings"],
+    "path": lambda model: [model.get_layer("words").embeddings.path],
+    "all": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "not built"])
+def test_tables_are_found_again(source, trained, tmp_path):
+    """Also where the path has changed: net/words/embeddings, then words/embeddings."""
+    model = make_model()
+    assert model.get_layer("words").embeddings.path.startswith("net/words/")
+    model.compile(LazyOptimizer(sgd(), SOURCES[source](model)), "mse")
+    if trained:
+        fit(model, last=3)
+    for _ in range(2):
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    fit(model, last=3)
+    words = model.get_layer("words").embeddings
+    assert model.optimizer.step_forms == {words.path: "rows"}
+    before = keras.ops.convert_to_numpy(words).copy()
+    model.train_on_batch(np.full((4, 4), 7), np.ones((4, 1)))
+    moved = np.any(keras.ops.convert_to_numpy(words) != before, axis=1)
+    assert list(np.flatnonzero(moved)) == [7]
+
+
+def tower(name):
+    return keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(16, 3, name="words"),
+            keras.layers.Flatten(),
+        ],
+        name=name,
+    )
+
+
+def two_towers():
+    """Nested models, in each of which a layer is called words."""
+    inputs = [keras.Input((4,), dtype="int32") for _ in range(2)]
+    towers = [tower("left"), tower("right")]
+    merged = keras.layers.Concatenate()(
+        [t(x) for t, x in zip(towers, inputs, strict=True)]
+    )
+    return keras.Model(inputs, keras.layers.Dense(1)(merged), name="net")
+
+
+def two_tables():
+    inputs = [keras.Input((4,), dtype="int32") for _ in range(2)]
+    tables = [keras.layers.Embedding(16, 3, name=n) for n in ("words", "tags")]
+    merged = keras.layers.Concatenate()(
+        [keras.layers.Flatten()(t(x)) for t, x in zip(tables, inputs, strict=True)]
+    )
+    return keras.Model(inputs, keras.layers.Dense(1)(merged), name="net")
+
+
+def tables_of(model):
+    return [w for w in model.trainable_variables if w.name == "embeddings"]
+
+
+@pytest.mark.parametrize("make_model", [two_tables, two_towers])
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 1], None], ids=str)
+@pytest.mark.parametrize("sources", ["layers", "paths"])
+def test_two_tables(make_model, chosen, sources, tmp_path):
+    model = make_model()
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    given = chosen and [layers[i] for i in chosen]
+    if sources == "paths":
+        given = given and [layer.embeddings.path for layer in given]
+    initial = model.get_weights()
+    model.compile(Lookahead(LazyOptimizer(adam(), given), k=5), "mse")
+    fit(model, last=7)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    tables = tables_of(loaded)
+    lazy = loaded.optimizer.inner_optimizer
+    expected = {tables[i].path for i in chosen or (0, 1)}
+    assert set(lazy.step_forms) == expected
+    fit(loaded, 7, 9)
+    whole = keras.models.clone_model(model)
+    whole.set_weights(initial)
+    tables = tables_of(whole)
+    given = chosen and [tables[i] for i in chosen]
+    whole.compile(Lookahead(LazyOptimizer(adam(), given), k=5), "mse")
+    fit(whole, last=9)
+    assert_same_bits(state(loaded), state(whole))
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config(case):
+    optimizer = CASES[case]()
+    config = optimizer.get_config()
+    again = type(optimizer).from_config(config)
+    assert again.get_config() == config
+    serialized = keras.optimizers.serialize(optimizer)
+    again = keras.optimizers.deserialize(serialized)
+    assert type(again) is type(optimizer)
+    assert keras.optimizers.serialize(again) == serialized
+    assert keras.optimizers.get(serialized).get_config() == config
+
+
+def test_config_keeps_every_argument():
+    inner = keras.optimizers.AdamW(0.25, weight_decay=0.5, clipnorm=2.0)
+    lazy = LazyOptimizer(inner, ["words"], "freeze", name="rows")
+    optimizer = Lookahead(lazy, 7, 0.25, "reset", name="ahead")
+    optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert (optimizer.k, optimizer.alpha, optimizer.inner_state, optimizer.name) == (
+        7,
+        0.25,
+        "reset",
+        "ahead",
+    )
+    lazy = optimizer.inner_optimizer
+    assert (lazy.moments, lazy.name) == ("freeze", "rows")
+    assert lazy.get_config()["embedding_layers"] == ["words"]
+    innermost = lazy.inner_optimizer
+    assert isinstance(innermost, keras.optimizers.AdamW)
+    assert innermost.get_config() == inner.get_config()
+
+
+# Files that do not fit
+
+
+FOREIGN = {
+    "no wrapper": (adam, lambda: Lookahead(adam())),
+    "no wrapper, lazy": (adam, lambda: LazyOptimizer(adam())),
+    "no wrapper, both": (adam, lambda: Lookahead(LazyOptimizer(adam()))),
+    "another inner": (lambda: Lookahead(adam()), lambda: Lookahead(sgd())),
+    "another inner, lazy": (
+        lambda: LazyOptimizer(adam()),
+        lambda: LazyOptimizer(sgd()),
+    ),
+    "another inner_state": (
+        lambda: Lookahead(adam()),
+        lambda: Lookahead(adam(), inner_state="interpolate"),
+    ),
+    "another wrapper": (lambda: Lookahead(adam()), lambda: LazyOptimizer(adam())),
+    "one wrapper more": (
+        lambda: Lookahead(adam()),
+        lambda: Lookahead(LazyOptimizer(adam())),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.parametrize("case", FOREIGN)
+def test_file_of_another_optimizer(case, tmp_path):
+    """An error, and no variable of the optimizer changes (Keras loads the layers)."""
+    saved_with, loaded_with = FOREIGN[case]
+    model = make_model(saved_with())
+    fit(model, last=3)
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make_model(loaded_with())
+    model.optimizer.build(model.trainable_variables)
+    before = numpy(model.optimizer.variables)
+    with pytest.raises(ValueError, match="optimizer"):
+        model.load_weights(tmp_path / "model.weights.h5")
+    assert_same_bits(numpy(model.optimizer.variables), before)
+    fit(model, last=3)
+
+
+# Slots that lag behind
+
+
+def slots_of(optimizer, names, weight):
+    """Slots of a weight as a user reads them, by the reference's names."""
+    found = {v.path.split("/")[-1]: v for v in optimizer.variables}
+    return [numpy([found[f"{weight}_{name}"]])[0] for name in names]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("SGD", {"learning_rate": 0.1, "momentum": 0.9}),
+        ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
+        ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
+    ],
+    ids=["SGD", "Adam", "RMSprop"],
+)
+@pytest.mark.parametrize("moments", ["decay", "freeze"])
+def test_reading_variables(case, mode, moments):
+    """Every slot of every row is current whenever it is read, however often."""
+    weights = make_weights()
+    lazy = {"tables": [0], "moments": moments}
+    reference = Reference(weights, case, lazy=lazy)
+    optimizer = LazyOptimizer(make(case), moments=moments)
+    run = Run(optimizer, weights, mode, sparse=(0,))
+    for i, step in enumerate(make_gradients(16, weights)):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+        if i % 5 == 2:
+            for j, name in enumerate(["words_embeddings", "dense_kernel"]):
+                slots = reference.slots[j]
+                assert_agree(
+                    slots_of(optimizer, slots, name), list(slots.values()), 5e-6
+                )
+
+
+MOMENTUM = {"SGD": {"momentum": 0.9}, "Adam": {}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("first", ["decay", "freeze"])
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_switch_moments(kind, first, mode):
+    """decay, freeze, decay (or the other way round), 6 steps each."""
+    case = (kind, {"learning_rate": 0.05} | MOMENTUM[kind])
+    weights = make_weights()
+    lazy = {"tables": [0], "moments": first}
+    reference = Reference(weights, case, lazy=lazy)
+    optimizer = LazyOptimizer(make(case), moments=first)
+    run = Run(optimizer, weights, mode, sparse=(0,))
+    other = {"decay": "freeze", "freeze": "decay"}
+    for i, step in enumerate(make_gradients(18, weights)):
+        if i in (6, 12):
+            optimizer.moments = reference.moments = other[optimizer.moments]
+            run._step = getattr(run, f"_{BACKEND}_step")(mode)
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+    slots = reference.slots[0]
+    ours = slots_of(optimizer, slots, "words_embeddings")
+    assert_agree(ours, list(slots.values()), 5e-6)
