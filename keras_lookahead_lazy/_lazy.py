@@ -103,6 +103,7 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
+        self._saving = self._may_lag = False
         self._remember(_sources=sources, _tables=[])
 
     @_private.no_automatic_dependency_tracking
@@ -150,7 +151,6 @@ class LazyOptimizer(OptimizerWrapper):
         variables = list(variables)
         found = _tables.find_tables(self._sources, variables)
         super().build(variables)
-        self._innermost = _private.innermost(self.inner_optimizer)
         self._remember(_tables=[self._make_table(variable) for variable in found])
         self._remember(
             _by_key={
@@ -163,11 +163,12 @@ class LazyOptimizer(OptimizerWrapper):
         self._take_over()
 
     def _make_table(self, variable: keras.Variable) -> Table:
-        slots = _private.slots(self._innermost, variable)
-        log_rates = _decay.log_rates(self._innermost)
+        inner = _private.innermost(self.inner_optimizer)
+        slots = _private.slots(inner, variable)
+        log_rates = _decay.log_rates(inner)
         reason = None
         if log_rates is None:
-            reason = f"{type(self._innermost).__name__} is not known to update rows "
+            reason = f"{type(inner).__name__} is not known to update rows "
             reason += "one by one and to decay in closed form"
         elif not _acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
@@ -186,7 +187,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _take_over(self) -> None:
         """Put this optimizer's step on tables in the inner optimizer's place."""
-        inner = self._innermost
+        inner = _private.innermost(self.inner_optimizer)
         update_step = inner.update_step
         apply_weight_decay = inner._apply_weight_decay
 
@@ -230,7 +231,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
-        inner = self._innermost
+        inner = _private.innermost(self.inner_optimizer)
         return any(
             getattr(inner, setting) is not None
             for setting in (
@@ -288,7 +289,8 @@ class LazyOptimizer(OptimizerWrapper):
                 current = rows.keep_unsampled(current, last_update)
             write(table.last_update, current)
 
-        optimizer = _private.with_rows(self._innermost, table.variable, slots)
+        inner = _private.innermost(self.inner_optimizer)
+        optimizer = _private.with_rows(inner, table.variable, slots)
         _private.apply_weight_decay(optimizer, weight)
         optimizer.update_step(rows.gradient, weight, learning_rate)
         new_weight = rows.keep_unsampled(weight.value, old_weight)
@@ -353,14 +355,23 @@ class LazyOptimizer(OptimizerWrapper):
     @property
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then the inner optimizer's, caught up."""
+        saving, self._saving = self._saving, False
         lags = self.built and self._may_lag and self._moments == "decay"
-        if lags and not engine.is_recording():
+        if lags and not saving and not engine.is_recording():
             self._catch_up()
         return super().variables
 
+    # A file holds the slots as they are, with the update they are current to: a
+    # run that goes on must not differ, by the rounding of an early catch-up, from
+    # one that was not saved. Keras reads `variables` once behind each of these.
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        self._saving = True
+
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
-        self._may_lag = True
+        self._saving = self._may_lag = True
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""

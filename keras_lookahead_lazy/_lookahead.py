@@ -101,7 +101,8 @@ class Lookahead(OptimizerWrapper):
         if self.inner_state == "interpolate":
             self._slot_pairs = self._with_slow_copies(slots)
         elif self.inner_state == "reset":
-            self._initial_slots = [(slot, _initial_value(slot)) for slot in slots]
+            values = _initial_values(innermost, self._trainable_variables)
+            self._initial_slots = list(zip(slots, values, strict=True))
 
     def _with_slow_copies(self, variables: list) -> list[tuple]:
         return [
@@ -249,14 +250,30 @@ def _check_arguments(k: Any, alpha: Any, inner_state: Any) -> tuple[int, float]:
     return steps, step
 
 
-def _initial_value(slot: keras.Variable) -> float:
-    """The constant that a new slot is filled with."""
-    low, high = float(ops.min(slot)), float(ops.max(slot))
-    if low != high:
-        raise ValueError(
-            "inner_state='reset' gives the slots of the inner optimizer their "
-            f"initial value, but {slot.path} starts from different values in "
-            "different places, or has been trained already. Use 'maintain' or "
-            "'interpolate', or an optimizer that has not been used yet."
-        )
-    return low
+def _initial_values(
+    optimizer: keras.Optimizer, variables: list[keras.Variable]
+) -> list[float]:
+    """The constant that each slot of a new optimizer is filled with.
+
+    The optimizer at hand may have been trained, so a copy of it is built, on
+    stand-ins of the weights with one entry along all axes but the first.
+    """
+    with engine.outside_graph():
+        copy = type(optimizer).from_config(optimizer.get_config())
+        stand_ins = [_private.stand_in(variable) for variable in variables]
+        copy.build(stand_ins)
+        slots = [
+            slot
+            for stand_in in stand_ins
+            for slot in _private.slots(copy, stand_in).values()
+        ]
+        arrays = [ops.convert_to_numpy(slot) for slot in slots]
+    for slot, array in zip(slots, arrays, strict=True):
+        if array.min() != array.max():
+            raise ValueError(
+                "inner_state='reset' gives each slot of the inner optimizer the "
+                f"constant that it starts from, but {slot.path} of "
+                f"{type(optimizer).__name__} starts from the weights. Use "
+                "inner_state='maintain' or 'interpolate'."
+            )
+    return [float(array.min()) for array in arrays]

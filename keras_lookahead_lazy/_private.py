@@ -9,9 +9,11 @@ admits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
@@ -22,6 +24,7 @@ __all__ = [
     "no_automatic_dependency_tracking",
     "register_variables",
     "slots",
+    "stand_in",
     "with_rows",
 ]
 
@@ -70,6 +73,16 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
         if len(entries) == weights and isinstance(entries[index], keras.Variable):
             found[name] = entries[index]
     return found
+
+
+def stand_in(variable: keras.Variable) -> keras.Variable:
+    """A small variable that an optimizer treats as it would treat `variable`."""
+    shape = tuple(variable.shape)
+    small = (2,) + (1,) * (len(shape) - 1) if shape else ()
+    value = np.arange(1, 1 + math.prod(small), dtype="float32").reshape(small)
+    stand_in = keras.Variable(value, dtype=variable.dtype, name=variable.name)
+    stand_in._path = variable.path
+    return stand_in
 
 
 def with_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -206,13 +207,26 @@ class OptimizerWrapper(keras.Optimizer):
             store[str(i)] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        if len(store.keys()) != len(self._variables):
-            raise ValueError(
-                f"The file holds {len(store.keys())} variables for the optimizer "
-                f"{self.name!r}, which has {len(self._variables)}. Was it saved "
-                f"with another optimizer or model than {type(self).__name__} has "
-                "been built for?"
+        """Load what `save_own_variables` stored.
+
+        What another optimizer or model stored is left alone, with a warning, as
+        Keras's optimizers do. The weights may come from there all the same, so the
+        wrapper then starts anew: with the next update as its first.
+        """
+        shapes = [tuple(variable.shape) for variable in self._variables]
+        stored = [tuple(store[key].shape) for key in store.keys()]  # noqa: SIM118
+        if sorted(stored) != sorted(shapes):
+            warnings.warn(
+                f"The file holds no state for the optimizer {self.name!r} as it is: "
+                f"{len(stored)} variables are stored and {len(shapes)} expected. It "
+                f"was saved with another optimizer or model; {type(self).__name__} "
+                "starts anew.",
+                stacklevel=2,
             )
+            for variable in self._variables:
+                if "int" in variable.dtype:
+                    variable.assign(ops.zeros_like(variable))
+            return
         for i, variable in enumerate(self._variables):
             variable.assign(store[str(i)])
 

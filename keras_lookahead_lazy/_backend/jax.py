@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -164,3 +165,8 @@ def _in_stateless_scope() -> bool:
 def row_layout(variable: keras.Variable) -> None:
     """The layout of a vector with one entry per row of `variable`."""
     return None
+
+
+def outside_graph() -> contextlib.AbstractContextManager:
+    """A context in which operations run at once: any, where optimizers are built."""
+    return contextlib.nullcontext()

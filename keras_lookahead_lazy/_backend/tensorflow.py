@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,8 @@ def find_rows(gradient: Any, every_row: bool) -> Rows:
             values = tf.gather(sums, position)
             return Rows(indices, values, _has_entries(values))
         gradient = sum_duplicates(gradient)
-        return Rows(*_without_idle_rows(gradient.indices, gradient.values), None)
+        indices, values = _without_idle_rows(gradient.indices, gradient.values)
+        return Rows(indices, values, None)
     if _in_xla():
         return Rows(None, gradient, _has_entries(gradient))
     indices = tf.where(_has_entries(gradient))[:, 0]
@@ -174,15 +176,22 @@ def update_if(
     not merge replicas, which assigning an aggregated variable does.
     """
 
+    latest: dict[str, tuple] = {}
+
     def update(first: tf.Variable, *others: tf.Variable) -> None:
         variables = (first, *others)
-        indices = moved(first)
-        values = [read_rows(variable, first, indices) for variable in variables]
-        for variable, value in zip(variables, function(*values), strict=True):
+        # One group after the other, so that they share memory for what they compute.
+        with tf.control_dependencies(latest.get(first.device, ())):
+            indices = moved(first)
+            values = [read_rows(variable, first, indices) for variable in variables]
+            new_values = function(*values)
+        for variable, value in zip(variables, new_values, strict=True):
             write_rows(variable, first, indices, value)
+        latest[first.device] = new_values
 
     def across_replicas(strategy: tf.distribute.Strategy) -> None:
         def update_all() -> None:
+            latest.clear()
             for group in groups:
                 first, *others = (variable.value for variable in group)
                 strategy.extended.update(first, update, args=others, group=False)
@@ -258,3 +267,8 @@ def sync_model(model: keras.Model) -> None:
 def row_layout(variable: keras.Variable) -> None:
     """The layout of a vector with one entry per row of `variable`."""
     return None
+
+
+def outside_graph() -> contextlib.AbstractContextManager:
+    """A context in which operations run at once, also while a graph is recorded."""
+    return tf.init_scope()
