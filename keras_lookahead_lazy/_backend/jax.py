@@ -80,12 +80,14 @@ def update_if(
     if not groups:
         return
     values = [tuple(variable.value for variable in group) for group in groups]
-    updated = jax.lax.cond(
-        predicate,
-        lambda values: [tuple(function(*group)) for group in values],
-        lambda values: values,
-        values,
-    )
+
+    def update(values: list[tuple]) -> list[tuple]:
+        return [tuple(function(*group)) for group in values]
+
+    if isinstance(predicate, jax.core.Tracer):
+        updated = jax.lax.cond(predicate, update, lambda values: values, values)
+    else:  # not compiled: no need to compile the branches on their own
+        updated = update(values) if predicate else values
     for group, new in zip(groups, updated, strict=True):
         for variable, value in zip(group, new, strict=True):
             variable.assign(value)

@@ -1,0 +1,304 @@
+"""One algorithm on three backends: the same numbers, files, and no hidden costs."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from harness import BACKEND, OPTIMIZERS, Run, make, make_gradients, make_weights
+
+from keras_lookahead_lazy import LazyOptimizer, Lookahead
+
+INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
+OTHERS = [name for name in INSTALLED if name != BACKEND]
+WRAPPERS = [
+    {"moments": moments, "inner_state": inner_state}
+    for moments in ("decay", "freeze")
+    for inner_state in ("maintain", "interpolate", "reset")
+]
+
+
+def both(optimizer, moments="decay", inner_state="maintain"):
+    return Lookahead(LazyOptimizer(optimizer, moments=moments), 4, 0.5, inner_state)
+
+
+def run_script(backend, *arguments):
+    """This file, as a program, on another backend."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Numbers
+
+
+def trajectories(path):
+    """The weights after 50 steps for each optimizer and mode, into an `.npz`."""
+    weights = make_weights()
+    gradients = make_gradients(50, weights)
+    found = {}
+    for i, case in enumerate(OPTIMIZERS):
+        for j, modes in enumerate(WRAPPERS):
+            if i % len(WRAPPERS) != j and case[0] not in ("SGD", "Adam"):
+                continue  # each optimizer in one pair of modes, two in all
+            run = Run(both(make(case), **modes), weights, sparse=(0,))
+            for step in gradients:
+                run.step(step)
+            for k, weight in enumerate(run.weights):
+                found[f"{i}-{j}-{k}"] = weight
+    np.savez(path, **found)
+
+
+@pytest.mark.skipif(INSTALLED[0] != BACKEND, reason="compared from the first backend")
+@pytest.mark.skipif(not OTHERS, reason="only one backend is installed")
+def test_backends_agree(tmp_path):
+    trajectories(tmp_path / "ours.npz")
+    ours = np.load(tmp_path / "ours.npz")
+    for other in OTHERS:
+        run_script(other, "trajectories", tmp_path / "theirs.npz")
+        theirs = np.load(tmp_path / "theirs.npz")
+        assert sorted(ours) == sorted(theirs)
+        for key in ours:
+            error = np.max(np.abs(ours[key] - theirs[key])) / np.max(np.abs(ours[key]))
+            case = OPTIMIZERS[int(key.split("-")[0])]
+            assert error < 1e-5, (other, case, WRAPPERS[int(key.split("-")[1])], error)
+
+
+# Files
+
+
+def make_model():
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            keras.layers.Embedding(30, 4, name="words"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(6, activation="tanh"),
+            keras.layers.Dense(1),
+        ],
+        name="net",
+    )
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.normal(size=w.shape) * 0.3 for w in model.get_weights()])
+    return model
+
+
+def make_batches():
+    rng = np.random.default_rng(4)
+    x = np.minimum(rng.zipf(1.4, (18 * 8, 5)) - 1, 29)
+    return x, rng.normal(size=(18 * 8, 1)).astype("float32")
+
+
+def train(model, first, last):
+    x, y = make_batches()
+    batches = slice(first * 8, last * 8)
+    model.fit(x[batches], y[batches], batch_size=8, shuffle=False, verbose=0)
+
+
+def start(path, moments):
+    model = make_model()
+    inner = keras.optimizers.Adam(0.01)
+    lazy = LazyOptimizer(inner, [model.layers[0]], moments=moments)
+    model.compile(Lookahead(lazy, k=5), "mse")
+    train(model, 0, 7)
+    model.save(path)
+
+
+def go_on(path, result):
+    model = keras.models.load_model(path)
+    train(model, 7, 18)
+    np.savez(result, *model.get_weights())
+
+
+@pytest.mark.skipif(not OTHERS, reason="only one backend is installed")
+@pytest.mark.parametrize("moments", ["decay", "freeze"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_training_goes_on_on_another_backend(other, moments, tmp_path):
+    file, result = tmp_path / "model.keras", tmp_path / "weights.npz"
+    start(file, moments)
+    model = keras.models.load_model(file)
+    train(model, 7, 18)
+    run_script(other, "go_on", file, result)
+    theirs = np.load(result)
+    for i, ours in enumerate(model.get_weights()):
+        error = np.max(np.abs(ours - theirs[f"arr_{i}"])) / np.max(np.abs(ours))
+        assert error < 1e-5
+
+
+# What is imported
+
+
+def test_no_other_backend_is_imported():
+    """Nothing but what Keras has imported on its own."""
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_lookahead_lazy;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new & {'tensorflow', 'jax', 'torch', 'optax'} - {sys.argv[1]}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, BACKEND],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_backend_that_cannot_train_is_refused():
+    code = (
+        "import keras, keras_lookahead_lazy as k\n"
+        "try: k.Lookahead('adam')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tensorflow, jax, torch" in done.stdout
+    assert "'numpy'" in done.stdout
+
+
+def test_the_backend_is_asked_for_in_one_place():
+    package = Path(sys.modules["keras_lookahead_lazy"].__file__).parent
+    asking = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "backend.backend()" in path.read_text()
+    ]
+    assert asking == ["_backend/__init__.py"]
+
+
+# JAX
+
+
+@pytest.fixture
+def jax_step():
+    """A jitted step of everything at once, its arguments, and the bare one's."""
+    jax = pytest.importorskip("jax")
+    if BACKEND != "jax":
+        pytest.skip("JAX only")
+
+    def make_step(optimizer, shapes=((3000, 64), (512, 512))):
+        with keras.name_scope("words"):
+            table = keras.Variable(np.ones(shapes[0], "float32"), name="embeddings")
+        variables = [table, keras.Variable(np.ones(shapes[1], "float32"))]
+        optimizer.build(variables)
+        traces = []
+
+        def apply(weights, state, gradients):
+            traces.append(1)
+            return optimizer.stateless_apply(state, gradients, weights)
+
+        step = jax.jit(apply, donate_argnums=(0, 1))
+        weights = [v.value for v in variables]
+        state = [v.value for v in optimizer.variables]
+        gradients = [np.ones(shape, "float32") for shape in shapes]
+        return step, weights, state, gradients, traces
+
+    return make_step
+
+
+@pytest.mark.parametrize("wrap", [Lookahead, LazyOptimizer, both])
+def test_jax_compiles_once(jax_step, wrap):
+    step, weights, state, gradients, traces = jax_step(wrap(keras.optimizers.Adam()))
+    for _ in range(12):
+        weights, state = step(weights, state, gradients)
+    assert len(traces) == 1
+    assert step._cache_size() == 1
+
+
+def test_jax_keeps_one_copy_beside_the_slow_weights(jax_step):
+    """All state is donated, and no temporary is as large as the weights."""
+    optimizer = Lookahead(keras.optimizers.Adam(), k=5)
+    step, weights, state, gradients, _ = jax_step(optimizer)
+    memory = step.lower(weights, state, gradients).compile().memory_analysis()
+    floats = sum(w.size for w in weights) * 4
+    # theta, phi, and Adam's two moments are updated where they are.
+    assert memory.alias_size_in_bytes >= 4 * floats
+    assert memory.temp_size_in_bytes < 0.1 * floats
+
+
+def test_jax_syncs_in_a_real_condition(jax_step):
+    import jax
+
+    step, weights, state, gradients, _ = jax_step(Lookahead(keras.optimizers.SGD()))
+    jaxpr = jax.make_jaxpr(step)(weights, state, gradients)
+    assert str(jaxpr).count("cond[") == 2  # the first back-up, and the sync
+
+
+# torch
+
+
+def test_torch_reads_nothing_back(monkeypatch):
+    """A step asks the device for no value, on which it would have to wait."""
+    torch = pytest.importorskip("torch")
+    if BACKEND != "torch":
+        pytest.skip("torch only")
+    weights = make_weights()
+    run = Run(both(keras.optimizers.Adam()), weights)
+    steps = make_gradients(11, weights)
+    run.step(steps[0])
+    asked = []
+    for name in ("item", "__bool__", "__int__", "__float__", "tolist", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _name=name, _original=original, **kwargs):
+            asked.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    gradients = [[torch.tensor(g) for g in step] for step in steps[1:]]
+    for step in gradients:
+        run.optimizer.apply(step, run.variables)
+    assert asked == []
+    assert int(run.optimizer._iterations) == 11
+    assert asked  # the spies do see a value that is read
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch only")
+def test_torch_keeps_the_foreach_update_for_dense_weights(monkeypatch):
+    import torch
+
+    seen = []
+    original = torch._foreach_mul_
+
+    def spy(tensors, *args):
+        seen.append([tuple(t.shape) for t in tensors])
+        return original(tensors, *args)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", spy)
+    weights = make_weights()
+    run = Run(LazyOptimizer(keras.optimizers.Adam()), weights)
+    run.step(make_gradients(1, weights)[0])
+    assert seen
+    assert all(shapes == [(5, 3), (3,)] for shapes in seen)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch only")
+def test_torch_compiled_fit_agrees_with_eager():
+    weights = {}
+    for compiled in (False, True):
+        model = make_model()
+        lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
+        model.compile(Lookahead(lazy, k=3), "mse", jit_compile=compiled)
+        train(model, 0, 7)
+        weights[compiled] = model.get_weights()
+    for compiled, eager in zip(weights[True], weights[False], strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
