@@ -103,7 +103,7 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
-        self._saving = self._may_lag = False
+        self._may_lag = False
         self._remember(_sources=sources, _tables=[])
 
     @_private.no_automatic_dependency_tracking
@@ -130,15 +130,19 @@ class LazyOptimizer(OptimizerWrapper):
 
     @property
     def step_forms(self) -> dict[str, str]:
-        """How each table's step is computed, by the table's path.
+        """How each table's step is computed, by the table's name.
+
+        The name is the path, with the position among the weights (`path:3`) where
+        two tables share it.
 
         `"rows"`: on the sampled rows, where the backend allows. `"masked: ..."`: on
         the whole table with the result masked, and why.
         """
-        return {
-            table.variable.path: f"masked: {table.reason}" if table.reason else "rows"
-            for table in self._tables
-        }
+        names = _tables.unique_names(
+            [table.variable for table in self._tables], self._trainable_variables
+        )
+        forms = [f"masked: {t.reason}" if t.reason else "rows" for t in self._tables]
+        return dict(zip(names, forms, strict=True))
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Find the tables, create the variables, take over the tables' updates.
@@ -355,30 +359,22 @@ class LazyOptimizer(OptimizerWrapper):
     @property
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then the inner optimizer's, caught up."""
-        saving, self._saving = self._saving, False
         lags = self.built and self._may_lag and self._moments == "decay"
-        if lags and not saving and not engine.is_recording():
+        if lags and not engine.is_recording():
             self._catch_up()
         return super().variables
 
-    # A file holds the slots as they are, with the update they are current to: a
-    # run that goes on must not differ, by the rounding of an early catch-up, from
-    # one that was not saved. Keras reads `variables` once behind each of these.
-
-    def save_own_variables(self, store: Any) -> None:
-        super().save_own_variables(store)
-        self._saving = True
-
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
-        self._saving = self._may_lag = True
+        self._may_lag = True
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
         tables = [table.variable for table in self._tables]
+        names = _tables.source_names(self._sources, tables, self._trainable_variables)
         return {
             **super().get_config(),
-            "embedding_layers": _tables.source_names(self._sources, tables),
+            "embedding_layers": names,
             "moments": self._moments,
         }
 

@@ -79,16 +79,18 @@ def find_tables(
 
 
 def source_names(
-    sources: list[Source] | None, tables: list[keras.Variable]
+    sources: list[Source] | None,
+    tables: list[keras.Variable],
+    variables: list[keras.Variable],
 ) -> list[str] | None:
     """Names that find the same tables in a copy of the model.
 
-    `tables` are those that were found, an empty list before the build.
+    `tables` are those that were found among `variables`, none before the build.
     """
     if sources is None:
         return None
     if tables:
-        return [table.path for table in tables]
+        return [f"{table.path}:{_position(table, variables)}" for table in tables]
     return [
         source
         if isinstance(source, str)
@@ -96,6 +98,17 @@ def source_names(
         if isinstance(source, keras.Variable)
         else source.name
         for source in sources
+    ]
+
+
+def unique_names(
+    tables: list[keras.Variable], variables: list[keras.Variable]
+) -> list[str]:
+    """Path of each table, with its position among `variables` where two share one."""
+    paths = [table.path for table in tables]
+    return [
+        path if paths.count(path) == 1 else f"{path}:{_position(table, variables)}"
+        for path, table in zip(paths, tables, strict=True)
     ]
 
 
@@ -123,13 +136,17 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
     """The one variable that `name` stands for: its path, its layer's, or an end.
 
     Paths are not stable: the `net/words/embeddings` of a Sequential is
-    `words/embeddings` once the model has been loaded. So either may be the longer.
+    `words/embeddings` once the model has been loaded. So either may be the longer,
+    and two paths may have become one; `path:3` then means the one in position 3.
     """
+    name, _, position = name.partition(":")
     for matches in (
         [v for v in variables if v.path == name],
         [v for v in variables if _is_table(v) and _same_end(_owner(v), name)],
         [v for v in variables if _same_end(v.path, name)],
     ):
+        if len(matches) > 1 and position:
+            matches = [v for v in matches if position == str(_position(v, variables))]
         if len(matches) == 1:
             break
         if matches:
@@ -166,6 +183,10 @@ def _is_table(variable: keras.Variable) -> bool:
 
 def _is_in(variable: keras.Variable, variables: list[keras.Variable]) -> bool:
     return any(variable is other for other in variables)
+
+
+def _position(variable: keras.Variable, variables: list[keras.Variable]) -> int:
+    return next(i for i, other in enumerate(variables) if other is variable)
 
 
 def _listing(variables: list[keras.Variable]) -> str:

@@ -202,6 +202,15 @@ class OptimizerWrapper(keras.Optimizer):
     # Keras saves the inner optimizer as a child of its own, so only what belongs
     # to the wrapper is stored with it.
 
+    def __dir__(self) -> list[str]:
+        """All attributes but `variables`.
+
+        Keras looks for children to save in all attributes, and `variables` lets
+        lazy slots catch up. A file holds them as they are, so that a run that is
+        saved does not differ, by the rounding of that, from one that is not.
+        """
+        return [name for name in super().__dir__() if name != "variables"]
+
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(self._variables):
             store[str(i)] = ops.convert_to_numpy(variable)
