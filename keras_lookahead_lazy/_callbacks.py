@@ -46,6 +46,7 @@ class SlowWeights(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         find_lookahead(self.model)
+        self._fast_weights_aside.close()  # of a validation that was interrupted
 
     def on_train_end(self, logs: dict | None = None) -> None:
         if self.end_on_slow_weights:
@@ -65,6 +66,7 @@ class SlowWeights(keras.callbacks.Callback):
 
     def _set_aside(self) -> None:
         lookahead = find_lookahead(self.model)
+        self._fast_weights_aside.close()
         self._fast_weights_aside.enter_context(lookahead.slow_weights(self.model))
 
 

@@ -153,6 +153,7 @@ class LazyOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = list(variables)
+        _check_nesting(self.inner_optimizer)
         found = _tables.find_tables(self._sources, variables)
         super().build(variables)
         self._remember(_tables=[self._make_table(variable) for variable in found])

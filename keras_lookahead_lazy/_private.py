@@ -70,8 +70,10 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
     for name, entries in vars(optimizer).items():
         if name in _NOT_SLOTS or not isinstance(entries, list):
             continue
-        if len(entries) == weights and isinstance(entries[index], keras.Variable):
-            found[name] = entries[index]
+        slot = entries[index] if len(entries) == weights else None
+        # Adafactor fills its lists with integers where a weight has no such slot.
+        if isinstance(slot, keras.Variable) and "float" in slot.dtype:
+            found[name] = slot
     return found
 
 

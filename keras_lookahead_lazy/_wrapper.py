@@ -103,6 +103,14 @@ class OptimizerWrapper(keras.Optimizer):
             )
         self.inner_optimizer.loss_scale_factor = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Keras on TensorFlow assigns nothing where the value is there already; the
+        # setter above has to see that, too.
+        if name == "loss_scale_factor":
+            OptimizerWrapper.loss_scale_factor.fset(self, value)  # type: ignore
+        else:
+            super().__setattr__(name, value)
+
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables, then this wrapper's."""
         if self.built:

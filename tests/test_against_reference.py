@@ -1,5 +1,7 @@
 """Weights after every step against plain NumPy in float64, for each optimizer."""
 
+import itertools
+
 import pytest
 from harness import (
     MODES,
@@ -17,61 +19,68 @@ from reference import Reference
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 STEPS = 14
-every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=name_of)
-every_mode = pytest.mark.parametrize("mode", MODES)
+MOMENTS = ("decay", "freeze")
+INNER_STATES = ("maintain", "interpolate", "reset")
+GRADIENTS = ("dense", "sparse") if "graph" in MODES else ("dense",)
 
 
-def compare(wrap, case, mode, sparse=(), steps=STEPS, **around):
+def every(*choices):
+    """Every optimizer with every combination of `choices`, in the first mode.
+
+    In the other modes, which run the same code, each optimizer takes one of the
+    combinations, and all of them occur.
+    """
+    combinations = list(itertools.product(*choices))
+    parameters = []
+    for mode in MODES:
+        for i, case in enumerate(OPTIMIZERS):
+            chosen = combinations
+            if mode != MODES[0]:
+                chosen = [combinations[i % len(combinations)]]
+            parameters += [
+                pytest.param(case, mode, *c, id="-".join([mode, name_of(case), *c]))
+                for c in chosen
+            ]
+    return parameters
+
+
+def compare(wrap, case, mode, sparse=False, **around):
     weights = make_weights()
-    gradients = make_gradients(steps, weights)
     names = [name.replace("_", "/") for name in NAMES]
     reference = Reference(weights, case, names=names, **around)
-    run = Run(wrap(make(case)), weights, mode, sparse)
-    for step in gradients:
+    run = Run(wrap(make(case)), weights, mode, (0,) if sparse else ())
+    for step in make_gradients(STEPS, weights):
         reference.apply(step)
         assert_agree(run.step(step), reference.weights)
-    return run, reference
 
 
-@every_mode
-@every_optimizer
-@pytest.mark.parametrize("inner_state", ["maintain", "interpolate", "reset"])
-def test_lookahead(case, inner_state, mode):
-    if mode == "eager" and case[0] not in ("SGD", "Adam") and len(MODES) > 1:
-        pytest.skip("eager runs the same code; two optimizers show that it does")
+@pytest.mark.parametrize(("case", "mode", "inner_state"), every(INNER_STATES))
+def test_lookahead(case, mode, inner_state):
     settings = {"k": 4, "alpha": 0.3, "inner_state": inner_state}
     compare(lambda o: Lookahead(o, **settings), case, mode, lookahead=settings)
 
 
-@every_mode
-@every_optimizer
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
-@pytest.mark.parametrize("gradient", ["dense", "sparse"])
-def test_lazy(case, moments, gradient, mode):
-    if gradient == "sparse" and "graph" not in MODES:
-        pytest.skip("only TensorFlow has sparse gradients")
+@pytest.mark.parametrize(("case", "mode", "moments", "kind"), every(MOMENTS, GRADIENTS))
+def test_lazy(case, mode, moments, kind):
     compare(
         lambda o: LazyOptimizer(o, moments=moments),
         case,
         mode,
-        sparse=(0,) if gradient == "sparse" else (),
+        sparse=kind == "sparse",
         lazy={"tables": [0], "moments": moments},
     )
 
 
-@every_mode
-@every_optimizer
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
-@pytest.mark.parametrize("inner_state", ["maintain", "interpolate", "reset"])
-def test_lookahead_around_lazy(case, moments, inner_state, mode):
-    if mode == "eager" and case[0] not in ("SGD", "Adam") and len(MODES) > 1:
-        pytest.skip("eager runs the same code; two optimizers show that it does")
+@pytest.mark.parametrize(
+    ("case", "mode", "moments", "inner_state"), every(MOMENTS, INNER_STATES)
+)
+def test_lookahead_around_lazy(case, mode, moments, inner_state):
     settings = {"k": 3, "alpha": 0.6, "inner_state": inner_state}
     compare(
         lambda o: Lookahead(LazyOptimizer(o, moments=moments), **settings),
         case,
         mode,
-        sparse=(0,),
+        sparse=True,
         lookahead=settings,
         lazy={"tables": [0], "moments": moments},
     )

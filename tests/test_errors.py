@@ -250,14 +250,12 @@ def test_model_without_embedding():
 
 
 def test_ambiguous_name():
-    towers = []
-    for name in ("left", "right"):
-        towers.append(
-            keras.Sequential(
-                [keras.Input((4,)), keras.layers.Embedding(10, 3, name="words")],
-                name=name,
-            )
+    towers = [
+        keras.Sequential(
+            [keras.Input((4,)), keras.layers.Embedding(10, 3, name="words")], name=name
         )
+        for name in ("left", "right")
+    ]
     model = make_model(*towers)
     with pytest.raises(ValueError, match=r"'words'.*several.*left/words.*right/words"):
         build(LazyOptimizer(adam(), ["words"]), model)

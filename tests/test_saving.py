@@ -326,7 +326,10 @@ def test_two_tables(make_model, chosen, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     tables = tables_of(loaded)
     step_forms = loaded.optimizer.inner_optimizer.step_forms
-    assert set(step_forms) == {tables[i].path for i in chosen or (0, 1)}
+    # Paths may have become one; names then have the position behind them.
+    assert [name.partition(":")[0] for name in step_forms] == [
+        tables[i].path for i in chosen or (0, 1)
+    ]
     fit(loaded, 7, 9)
     whole = make_model()
     whole.set_weights(initial)

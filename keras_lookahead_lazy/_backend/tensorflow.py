@@ -170,13 +170,14 @@ def update_if(
 ) -> None:
     """For each group of variables, assign `function` of their values, if `predicate`.
 
-    `moved` names the rows to read and write, by the group's first variable.
+    `moved` names the rows to read and write, by the group's first variable. A value
+    of `None` leaves its variable alone.
 
     The condition stands in cross-replica context: a branch in replica context may
     not merge replicas, which assigning an aggregated variable does.
     """
 
-    latest: dict[str, tuple] = {}
+    latest: dict[str, list] = {}
 
     def update(first: tf.Variable, *others: tf.Variable) -> None:
         variables = (first, *others)
@@ -186,8 +187,9 @@ def update_if(
             values = [read_rows(variable, first, indices) for variable in variables]
             new_values = function(*values)
         for variable, value in zip(variables, new_values, strict=True):
-            write_rows(variable, first, indices, value)
-        latest[first.device] = new_values
+            if value is not None:
+                write_rows(variable, first, indices, value)
+        latest[first.device] = [value for value in new_values if value is not None]
 
     def across_replicas(strategy: tf.distribute.Strategy) -> None:
         def update_all() -> None:
@@ -224,9 +226,12 @@ def _run_if(predicate: tf.Tensor, function: Callable) -> None:
 def back_up_first(updates: Any, pairs: Groups) -> None:
     """slow := fast, before the first update."""
 
-    def back_up(fast: tf.Tensor, slow: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        if _in_xla():
-            fast = tf.where(updates < 0, slow, fast)
+    def back_up(fast: tf.Tensor, slow: tf.Tensor) -> tuple[Any, tf.Tensor]:
+        if not _in_xla():
+            return None, fast
+        # Both take one value that XLA cannot see to be `fast`. Were `fast` only read
+        # here, XLA would copy it in every step, to be safe from the update.
+        fast = tf.where(updates < 0, slow, fast)
         return fast, fast
 
     update_if(updates == 0, pairs, back_up)

@@ -1,0 +1,478 @@
+"""Slow weights in `fit`, `inject`, and which weights are backed up first.
+
+The reference is Keras's own optimizer with the sync done in NumPy between steps.
+"""
+
+import keras
+import numpy as np
+import pytest
+from harness import BACKEND, assert_agree, assert_same_bits
+
+from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
+
+BATCH, STEPS = 4, 8
+# Recording a graph takes longer than the few steps of most tests here; not on JAX.
+QUICK = {"run_eagerly": BACKEND != "jax"}
+
+
+def adam():
+    return keras.optimizers.Adam(0.05)
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+WRAPPED = {
+    "Lookahead": lambda: Lookahead(adam(), k=5),
+    "both": lambda: Lookahead(LazyOptimizer(sgd()), k=3),
+}
+
+
+def make_model(optimizer=None, **how):
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(10, 3, name="words"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, "tanh"),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.set_weights(make_weights(model, seed=3))
+    if optimizer is not None:
+        model.compile(optimizer, "mse", **how)
+    return model
+
+
+def make_weights(model, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=w.shape).astype("float32") for w in model.get_weights()]
+
+
+def make_data(steps=STEPS, seed=5):
+    rng = np.random.default_rng(seed)
+    samples = steps * BATCH
+    return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
+
+
+def batches(steps=STEPS):
+    x, y = make_data(steps)
+    for i in range(0, len(x), BATCH):
+        yield x[i : i + BATCH], y[i : i + BATCH]
+
+
+def fit(model, callbacks=(), epochs=1, steps=STEPS, **arguments):
+    return model.fit(
+        *make_data(steps),
+        batch_size=BATCH,
+        shuffle=False,
+        verbose=0,
+        epochs=epochs,
+        callbacks=list(callbacks),
+        **arguments,
+    )
+
+
+def evaluate(model):
+    return model.evaluate(*make_data(seed=6), batch_size=BATCH, verbose=0)
+
+
+def numpy(variables):
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+
+
+def state(model):
+    return model.get_weights() + numpy(model.optimizer.variables)
+
+
+class Recorder(keras.callbacks.Callback):
+    """The weights after every step of training, and the updates up to there."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.updates = [], []
+
+    def on_train_begin(self, logs=None):
+        self.weights.append(self.model.get_weights())
+        self.updates.append(int(self.model.optimizer.iterations))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        self.on_train_begin()
+
+
+def steps_of_reference(model, data, k, alpha=0.5, done=0):
+    """Weights after each step: the sync in NumPy, the steps by Keras.
+
+    Args:
+        model: compiled with the inner optimizer alone.
+        done: updates of Lookahead before this.
+    """
+    slow = model.get_weights()
+    for i, (x, y) in enumerate(data, 1):
+        model.train_on_batch(x, y)
+        if (done + i) % k == 0:
+            pairs = zip(slow, model.get_weights(), strict=True)
+            slow = [s + alpha * (f - s) for s, f in pairs]
+            model.set_weights(slow)
+        yield model.get_weights(), slow
+
+
+# SlowWeights and slow_weights
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_validation_is_on_the_slow_weights(case):
+    """After a sync fast and slow are the same: that is what the slow weights are."""
+    optimizer = WRAPPED[case]()
+    recorder = Recorder()
+    model = make_model(optimizer)
+    history = fit(
+        model,
+        [recorder, SlowWeights()],
+        epochs=3,
+        validation_data=make_data(seed=6),
+        validation_batch_size=BATCH,
+    )
+    plain = make_model("sgd")
+    for epoch, loss in enumerate(history.history["val_loss"], 1):
+        updates = epoch * STEPS
+        plain.set_weights(recorder.weights[updates - updates % optimizer.k])
+        assert loss == pytest.approx(evaluate(plain), rel=1e-6)
+        plain.set_weights(recorder.weights[updates])
+        if updates % optimizer.k:
+            assert loss != pytest.approx(evaluate(plain), rel=1e-3)
+
+
+class EvaluateSlow(keras.callbacks.Callback):
+    """Evaluates on the slow weights by hand, after every epoch and amid them."""
+
+    def __init__(self, lookahead):
+        super().__init__()
+        self.lookahead, self.losses = lookahead, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        with self.lookahead.slow_weights(self.model):
+            self.losses.append(evaluate(self.model))
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_fast_trajectory_is_the_same(case):
+    runs = {}
+    for how in ("without", "callback", "by hand"):
+        optimizer = WRAPPED[case]()
+        model, recorder = make_model(optimizer), Recorder()
+        callbacks = [recorder]
+        callbacks += [SlowWeights()] * (how == "callback")
+        callbacks += [EvaluateSlow(optimizer)] * (how == "by hand")
+        history = fit(
+            model, callbacks, epochs=2, validation_data=make_data(seed=6)
+        ).history["val_loss"]
+        runs[how] = recorder.weights, state(model)
+        if how == "callback":
+            losses = history
+        if how == "by hand":
+            assert callbacks[1].losses == pytest.approx(losses, rel=1e-6)
+    for how in ("callback", "by hand"):
+        for ours, expected in zip(runs[how][0], runs["without"][0], strict=True):
+            assert_same_bits(ours, expected)
+        assert_same_bits(runs[how][1], runs["without"][1])
+
+
+def test_callback_in_evaluate_and_predict():
+    optimizer = WRAPPED["Lookahead"]()
+    model = make_model(optimizer)
+    fit(model, steps=7)
+    fast = state(model)
+    x, _ = make_data(seed=6)
+    with optimizer.slow_weights(model):
+        loss, prediction = evaluate(model), model.predict(x, verbose=0)
+    assert loss != pytest.approx(evaluate(model), rel=1e-3)
+    callback = [SlowWeights()]
+    ours = model.evaluate(
+        *make_data(seed=6), batch_size=BATCH, verbose=0, callbacks=callback
+    )
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert_same_bits([model.predict(x, verbose=0, callbacks=callback)], [prediction])
+    assert_same_bits(state(model), fast)
+
+
+def test_exception_in_the_block():
+    optimizer = WRAPPED["both"]()
+    model = make_model(optimizer, **QUICK)
+    fit(model, steps=5)
+    fast = state(model)
+    inside = []
+
+    def stop():
+        with optimizer.slow_weights(model):
+            inside.extend(model.get_weights())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop()
+    assert not np.array_equal(inside[1], fast[1])
+    assert_same_bits(state(model), fast)
+
+
+def test_slow_weights_within_slow_weights():
+    optimizer = WRAPPED["both"]()
+    model = make_model(optimizer, **QUICK)
+    fit(model, steps=5)
+    fast = state(model)
+    with optimizer.slow_weights(model):
+        slow = model.get_weights()
+        with optimizer.slow_weights(model):
+            assert_same_bits(model.get_weights(), slow)
+        assert_same_bits(model.get_weights(), slow)
+    assert_same_bits(state(model), fast)
+
+
+class StopIn(keras.callbacks.Callback):
+    """Raises in the given method, the first time."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.stopped = False
+
+        def stop(*_, **__):
+            if not self.stopped:
+                self.stopped = True
+                raise KeyboardInterrupt
+
+        setattr(self, method, stop)
+
+
+def test_interrupted_validation():
+    """Ctrl-C while validating: training goes on from the fast weights."""
+    recorder, callback = Recorder(), SlowWeights()
+    whole = make_model(WRAPPED["Lookahead"](), **QUICK)
+    fit(whole, epochs=3)
+    model = make_model(WRAPPED["Lookahead"](), **QUICK)
+    validation = {"validation_data": make_data(seed=6)}
+    callbacks = [recorder, callback, StopIn("on_test_batch_end")]
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callbacks, epochs=2, **validation)
+    assert len(recorder.weights) == STEPS + 1
+    fit(model, [callback], epochs=2, **validation)
+    assert_same_bits(state(model), state(whole))
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_end_on_slow_weights(case):
+    optimizer = WRAPPED[case]()
+    recorder = Recorder()
+    model = make_model(optimizer, **QUICK)
+    fit(model, [recorder, SlowWeights(end_on_slow_weights=True)])
+    last_sync = STEPS - STEPS % optimizer.k
+    assert_same_bits(model.get_weights(), recorder.weights[last_sync])
+    assert not np.array_equal(model.get_weights()[1], recorder.weights[-1][1])
+
+
+def test_before_the_first_update():
+    """Both are the same, whatever has been loaded since the build."""
+    optimizer = Lookahead(adam())
+    model = make_model(optimizer, **QUICK)
+    optimizer.build(model.trainable_variables)
+    weights = make_weights(model, seed=8)
+    model.set_weights(weights)
+    with optimizer.slow_weights(model):
+        assert_same_bits(model.get_weights(), weights)
+    evaluate(model)
+    model.evaluate(*make_data(), verbose=0, callbacks=[SlowWeights()])
+    assert_same_bits(model.get_weights(), weights)
+    fit(model, [SlowWeights(end_on_slow_weights=True)], steps=1)
+    assert_same_bits(model.get_weights(), weights)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
+def test_in_a_loss_scale_optimizer():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        recorder = Recorder()
+        model = make_model(Lookahead(adam(), k=3))
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        validation = {"validation_data": make_data(seed=6)}
+        history = fit(model, [recorder, SlowWeights()], epochs=2, **validation)
+        plain = make_model("sgd")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for epoch, loss in enumerate(history.history["val_loss"], 1):
+        # The loss scale begins too high: the first steps are none.
+        updates = recorder.updates[epoch * STEPS]
+        assert 3 < updates < epoch * STEPS
+        sync = recorder.updates.index(updates - updates % 3)
+        plain.set_weights(recorder.weights[sync])
+        assert loss == pytest.approx(evaluate(plain), rel=1e-3)
+
+
+# inject
+
+
+@pytest.mark.parametrize("make_optimizer", [adam, sgd])
+@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
+def test_inject(make_optimizer, how):
+    """The inner optimizer keeps its state; the backup is of the first update."""
+    model, plain = (make_model(make_optimizer()) for _ in range(2))
+    fit(model, steps=6)
+    fit(plain, steps=6)
+    assert_same_bits(state(model), state(plain))
+    inner = model.optimizer
+    lookahead = inject(model, k=3, alpha=0.4)
+    assert model.optimizer is lookahead
+    assert lookahead.inner_optimizer is inner
+    recorder = Recorder()
+    if how == "fit":
+        fit(model, [recorder])
+        ours = recorder.weights[1:]
+    else:
+        ours = []
+        for x, y in batches():
+            model.train_on_batch(x, y)
+            ours.append(model.get_weights())
+    expected = steps_of_reference(plain, batches(), 3, 0.4)
+    for weights, (fast, _) in zip(ours, expected, strict=True):
+        assert_agree(weights, fast, 2e-6)
+    assert_agree(numpy(inner.variables), numpy(plain.optimizer.variables), 2e-6)
+    assert int(lookahead.iterations) == 6 + STEPS
+
+
+def test_inject_around_lazy():
+    """Rows that Lookahead has never seen move are rows it must not forget."""
+    model = make_model(LazyOptimizer(sgd()), **QUICK)
+    plain = make_model(LazyOptimizer(sgd()), **QUICK)
+    fit(model, steps=6)
+    fit(plain, steps=6)
+    inject(model, k=3, alpha=0.4)
+    for (x, y), (fast, _) in zip(
+        batches(), steps_of_reference(plain, batches(), 3, 0.4), strict=True
+    ):
+        model.train_on_batch(x, y)
+        assert_agree(model.get_weights(), fast, 2e-6)
+
+
+def test_inject_keeps_how_the_model_was_compiled():
+    model = make_model()
+    model.compile(adam(), "mae", metrics=["mse"], run_eagerly=True, loss_weights=[2.0])
+    inject(model)
+    reference = make_model()
+    reference.compile(
+        adam(), "mae", metrics=["mse"], run_eagerly=True, loss_weights=[2.0]
+    )
+    assert model.run_eagerly
+    assert evaluate(model) == pytest.approx(evaluate(reference))
+
+
+@pytest.mark.parametrize("when", ["before a step", "after steps"])
+def test_save_after_inject(when, tmp_path):
+    steps = {"before a step": 0, "after steps": 4}[when]
+    whole, model = (make_model(adam(), **QUICK) for _ in range(2))
+    for each in (whole, model):
+        fit(each, steps=6)
+        inject(each, k=3)
+    data = list(batches())
+    for x, y in data:
+        whole.train_on_batch(x, y)
+    for x, y in data[:steps]:
+        model.train_on_batch(x, y)
+    model.save(tmp_path / "model.keras")
+    model = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(model.optimizer, Lookahead)
+    for x, y in data[steps:]:
+        model.train_on_batch(x, y)
+    assert_same_bits(state(model), state(whole))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
+def test_inject_into_a_loss_scale_optimizer():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, plain = (make_model(adam()) for _ in range(2))
+        for each in (model, plain):
+            fit(each, steps=6)
+        lookahead = inject(model, k=3)
+        outer = model.optimizer
+        assert isinstance(outer, keras.optimizers.LossScaleOptimizer)
+        assert outer.inner_optimizer is lookahead
+        for (x, y), (fast, _) in zip(
+            batches(), steps_of_reference(plain, batches(), 3), strict=True
+        ):
+            model.train_on_batch(x, y)
+            assert_agree(model.get_weights(), fast, 2e-6)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+# Weights that are loaded after the build
+
+
+def load(model, how, tmp_path):
+    weights = make_weights(model, seed=9)
+    if how == "set_weights":
+        model.set_weights(weights)
+    else:
+        source = make_model()
+        source.set_weights(weights)
+        source.save_weights(tmp_path / "new.weights.h5")
+        model.load_weights(tmp_path / "new.weights.h5")
+    return weights
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["set_weights", "load_weights"])
+@pytest.mark.parametrize("training", ["fit", "train_on_batch"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_first_sync_pulls_to_the_loaded_weights(case, training, how, tmp_path):
+    optimizer = WRAPPED[case]()
+    model = make_model(optimizer)
+    optimizer.build(model.trainable_variables)
+    evaluate(model)
+    weights = load(model, how, tmp_path)
+    inner = optimizer.inner_optimizer
+    plain = make_model(type(inner).from_config(inner.get_config()))
+    plain.set_weights(weights)
+    recorder = Recorder()
+    if training == "fit":
+        fit(model, [recorder])
+        ours = recorder.weights[1:]
+    else:
+        ours = []
+        for x, y in batches():
+            model.train_on_batch(x, y)
+            ours.append(model.get_weights())
+    expected = steps_of_reference(plain, batches(), optimizer.k)
+    for fast, (reference, _) in zip(ours, expected, strict=True):
+        assert_agree(fast, reference, 2e-6)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a stateless loop")
+@pytest.mark.parametrize("case", WRAPPED)
+def test_first_sync_in_a_stateless_loop(case):
+    """The weights are never in the variables: only the arguments count."""
+    import jax
+
+    optimizer = WRAPPED[case]()
+    model = make_model()
+    optimizer.build(model.trainable_variables)
+    weights = make_weights(model, seed=9)
+
+    def loss(weights, x, y):
+        prediction, _ = model.stateless_call(weights, [], x)
+        return jax.numpy.mean((prediction - y) ** 2)
+
+    @jax.jit
+    def step(weights, state, x, y):
+        gradients = jax.grad(loss)(weights, x, y)
+        return optimizer.stateless_apply(state, gradients, weights)
+
+    inner = optimizer.inner_optimizer
+    plain = make_model(type(inner).from_config(inner.get_config()))
+    plain.set_weights(weights)
+    weights = [jax.numpy.asarray(w) for w in weights]
+    optimizer_state = [v.value for v in optimizer.variables]
+    expected = steps_of_reference(plain, batches(), optimizer.k)
+    for (x, y), (reference, _) in zip(batches(), expected, strict=True):
+        weights, optimizer_state = step(weights, optimizer_state, x, y)
+        assert_agree([np.asarray(w) for w in weights], reference, 2e-6)
