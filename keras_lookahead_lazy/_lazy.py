@@ -305,10 +305,11 @@ class LazyOptimizer(OptimizerWrapper):
             new_weight = rows.keep_unsampled(new_weight, old_weight)
 
         write(variable, new_weight)
-        vocabulary = table.variable.shape[0]
+        vocabulary = tuple(table.variable.shape[:1])
         for name, slot in slots.items():
             value = slot.value
-            if not decays and table.slots[name].shape[0] == vocabulary:
+            by_row = tuple(table.slots[name].shape[:1]) == vocabulary
+            if by_row and not decays:
                 value = rows.keep_unsampled(value, old_slots[name])
             write(table.slots[name], value)
 
