@@ -32,7 +32,8 @@ def find_rows(gradient: jax.Array, every_row: bool) -> Rows:
     the masked update into the one pass that the inner optimizer makes anyway.
     """
     axes = tuple(range(1, gradient.ndim))
-    return Rows(None, gradient, jnp.any(gradient != 0, axis=axes))
+    # XLA fuses a maximum into one pass over the gradient, but not `any(... != 0)`.
+    return Rows(None, gradient, jnp.max(jnp.abs(gradient), axis=axes) != 0)
 
 
 def sum_duplicates(gradient: jax.Array) -> jax.Array:
