@@ -182,7 +182,6 @@ class LazyOptimizer(OptimizerWrapper):
             last_update = self.add_variable(
                 shape=variable.shape[:1],
                 dtype="int32",
-                layout=engine.row_layout(variable),
                 name="last_update",
             )
         if variable.constraint is not None:

@@ -10,19 +10,6 @@ from keras import ops
 
 from keras_lookahead_lazy import _backend, _private
 
-# What a user may set on a Keras optimizer. Here it is the inner optimizer's.
-SETTINGS = (
-    "weight_decay",
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-)
-
 
 def _setting(name: str) -> Any:
     """A property that reads and writes the inner optimizer's attribute."""

@@ -165,11 +165,6 @@ def _in_stateless_scope() -> bool:
     return in_stateless_scope()
 
 
-def row_layout(variable: keras.Variable) -> None:
-    """The layout of a vector with one entry per row of `variable`."""
-    return None
-
-
 def outside_graph() -> contextlib.AbstractContextManager:
     """A context in which operations run at once: any, where optimizers are built."""
     return contextlib.nullcontext()

@@ -269,11 +269,6 @@ def sync_model(model: keras.Model) -> None:
     """The variables of a model in training hold its weights: nothing to do."""
 
 
-def row_layout(variable: keras.Variable) -> None:
-    """The layout of a vector with one entry per row of `variable`."""
-    return None
-
-
 def outside_graph() -> contextlib.AbstractContextManager:
     """A context in which operations run at once, also while a graph is recorded."""
     return tf.init_scope()

@@ -180,11 +180,6 @@ def sync_model(model: keras.Model) -> None:
     """The variables of a model in training hold its weights: nothing to do."""
 
 
-def row_layout(variable: keras.Variable) -> None:
-    """The layout of a vector with one entry per row of `variable`."""
-    return None
-
-
 def outside_graph() -> contextlib.AbstractContextManager:
     """A context in which operations run at once: any, where optimizers are built."""
     return contextlib.nullcontext()
