@@ -330,6 +330,8 @@ def test_two_tables(make_model, chosen, tmp_path):
     assert [name.partition(":")[0] for name in step_forms] == [
         tables[i].path for i in chosen or (0, 1)
     ]
+    if BACKEND == "torch" and make_model is two_towers:
+        pytest.skip("Keras on torch adds up the gradients of weights with one path")
     fit(loaded, 7, 9)
     whole = make_model()
     whole.set_weights(initial)
