@@ -202,7 +202,7 @@ class Lookahead(OptimizerWrapper):
         if int(ops.convert_to_numpy(self._iterations)) == 0:
             return
         for fast, slow in self._pairs:
-            fast.assign(slow)
+            fast.assign(ops.copy(slow))  # never one buffer for both: JAX donates it
 
     def _check_trains(self, model: keras.Model) -> None:
         weights = {id(weight) for weight in model.trainable_variables}

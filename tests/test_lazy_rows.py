@@ -361,9 +361,7 @@ def test_500_steps(case):
 
     The words that are sampled least wait for hundreds of steps. Errors are relative
     to the largest weight of the table. Keras's own float32, on all rows in every
-    step, is off by 1.04e-6 with Adam and 1.14e-6 with SGD and nesterov (on torch,
-    where it takes other steps for whole weights, by up to 5.6e-6); where that is
-    more than 1e-6, it is the limit.
+    step, is off by 1.04e-6 with Adam and 1.14e-6 with SGD and nesterov; so is this.
     """
     case = exact_rates(case)
     weights = long_weights("float32")
@@ -377,6 +375,5 @@ def test_500_steps(case):
         errors.append(error(ours, reference.weights[:1]))
         of_keras.append(error(dense, reference.weights[:1]))
         apart.append(error(ours, dense))
-    assert max(errors) < max(1e-6, 1.1 * max(of_keras))
-    if BACKEND != "torch":
-        assert max(apart) < 5e-7
+    assert max(errors) < min(max(1e-6, 1.1 * max(of_keras)), 1.2e-6)
+    assert max(apart) < 5e-7

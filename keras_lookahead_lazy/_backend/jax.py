@@ -87,8 +87,10 @@ def update_if(
 
     if isinstance(predicate, jax.core.Tracer):
         updated = jax.lax.cond(predicate, update, lambda values: values, values)
-    else:  # not compiled: no need to compile the branches on their own
-        updated = update(values) if predicate else values
+    elif predicate:  # not compiled: no branches, but no shared buffers either
+        updated = jax.tree.map(jnp.copy, update(values))
+    else:
+        return
     for group, new in zip(groups, updated, strict=True):
         for variable, value in zip(group, new, strict=True):
             variable.assign(value)
