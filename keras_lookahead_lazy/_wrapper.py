@@ -229,7 +229,7 @@ class OptimizerWrapper(keras.Optimizer):
             )
             for variable in self._variables:
                 if "int" in variable.dtype:
-                    variable.assign(ops.zeros_like(variable))
+                    variable.assign(ops.zeros_like(variable.value))
             return
         for i, variable in enumerate(self._variables):
             variable.assign(store[str(i)])
