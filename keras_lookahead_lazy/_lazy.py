@@ -104,6 +104,7 @@ class LazyOptimizer(OptimizerWrapper):
         _check_nesting(self.inner_optimizer)
         self._moments = moments
         self._may_lag = False
+        self._tracks_moved_rows = False
         self._remember(_sources=sources, _tables=[])
 
     @_private.no_automatic_dependency_tracking
@@ -222,6 +223,8 @@ class LazyOptimizer(OptimizerWrapper):
             trainable_variables: the variables; by default those of `build`.
         """
         self._build_on_first_use(trainable_variables)
+        if not engine.SLOTS_MAY_LAG:  # but those from a file do
+            self._catch_up_unless_recording()
         updates = engine.read_count(self._iterations)
         if self._uses_whole_gradients():
             variables = trainable_variables or self._trainable_variables
@@ -267,57 +270,48 @@ class LazyOptimizer(OptimizerWrapper):
             variable: the table, or the replica of it that is being updated.
         """
         decays = self._moments == "decay"
-        rows = engine.find_rows(gradient, every_row=table.last_update is None)
-
-        def read(whole: Any) -> _rows.RowView:
-            return _rows.RowView(engine.read_rows(whole, variable, rows.indices), whole)
-
-        def write(whole: Any, value: Any) -> None:
-            engine.write_rows(whole, variable, rows.indices, value)
-
-        weight = _rows.RowView(
-            engine.read_rows(variable, variable, rows.indices), table.variable
+        row_by_row = table.reason is None
+        kept = dict(table.slots)
+        if row_by_row and self._keeps_last_update:
+            kept["last_update"] = table.last_update
+        rows, (weight_rows, *kept_rows) = engine.find_rows(
+            gradient, [variable, *kept.values()], every_row=not row_by_row
         )
-        slots = {name: read(slot) for name, slot in table.slots.items()}
-        old_weight = weight.value
-        old_slots = {name: slot.value for name, slot in slots.items()}
 
-        if table.last_update is not None:
+        weight = _rows.RowView(weight_rows, table.variable, rows.sampled, row_by_row)
+        views = {}
+        for (name, whole), values in zip(kept.items(), kept_rows, strict=True):
+            by_row = tuple(whole.shape[:1]) == tuple(table.variable.shape[:1])
+            sampled = rows.sampled if by_row and not decays else None
+            views[name] = _rows.RowView(values, whole, sampled, row_by_row)
+
+        if "last_update" in views:
             now = ops.cast(engine.read_count(self._iterations) + 1, "int32")
-            if decays or rows.sampled is not None:
-                last_update = read(table.last_update).value
+            last_update = views["last_update"]
             if decays:
-                self._decay(table, slots, now - 1 - last_update)
-            current = now + ops.zeros((ops.shape(rows.gradient)[0],), "int32")
-            if not decays and rows.sampled is not None:
-                current = rows.keep_unsampled(current, last_update)
-            write(table.last_update, current)
+                self._decay(table, views, now - 1 - last_update.value)
+            last_update.assign(now + ops.zeros_like(last_update.value))
 
         inner = _private.innermost(self.inner_optimizer)
+        slots = {name: views[name] for name in table.slots}
         optimizer = _private.with_rows(inner, table.variable, slots)
         _private.apply_weight_decay(optimizer, weight)
         optimizer.update_step(rows.gradient, weight, learning_rate)
-        new_weight = rows.keep_unsampled(weight.value, old_weight)
         if table.constraint is not None:
-            weight.assign(new_weight)
-            new_weight = table.constraint.constraint(weight)
-            new_weight = rows.keep_unsampled(new_weight, old_weight)
+            weight.settle()
+            weight.assign(table.constraint.constraint(weight))
 
-        write(variable, new_weight)
-        vocabulary = tuple(table.variable.shape[:1])
-        for name, slot in slots.items():
-            value = slot.value
-            by_row = tuple(table.slots[name].shape[:1]) == vocabulary
-            if by_row and not decays:
-                value = rows.keep_unsampled(value, old_slots[name])
-            write(table.slots[name], value)
+        engine.write_rows(variable, variable, rows.indices, weight.settle())
+        for name, view in views.items():
+            engine.write_rows(kept[name], variable, rows.indices, view.settle())
 
     def _decay(self, table: Table, slots: dict, missed: Any) -> None:
         """Let slots catch up on the steps in which their rows were not sampled."""
         missed = ops.maximum(missed, 0)
-        for name, slot in slots.items():
-            if table.log_rates[name]:
-                slot.assign(_rows.decayed(slot.value, table.log_rates[name], missed))
+        for name, log_rate in table.log_rates.items():
+            if log_rate and name in slots:
+                slot = slots[name]
+                slot.assign(_rows.decayed(slot.value, log_rate, missed))
 
     def _catch_up(self) -> None:
         self.catch_up_if(ops.convert_to_tensor(True))
@@ -325,6 +319,8 @@ class LazyOptimizer(OptimizerWrapper):
 
     def catch_up_if(self, predicate: Any) -> None:
         """Make every row's slots current, if `predicate` (a scalar bool tensor)."""
+        if not self._may_lag:
+            return
         for table in self._tables:
             if table.last_update is None:
                 continue
@@ -332,7 +328,7 @@ class LazyOptimizer(OptimizerWrapper):
             def settle(last_update: Any, *values: Any, table: Table = table) -> tuple:
                 now = ops.cast(engine.read_count(self._iterations), "int32")
                 slots = {
-                    name: _rows.RowView(value, slot)
+                    name: _rows.RowView(value, slot, None, at_once=True)
                     for (name, slot), value in zip(
                         table.slots.items(), values, strict=True
                     )
@@ -344,6 +340,17 @@ class LazyOptimizer(OptimizerWrapper):
 
             group = (table.last_update, *table.slots.values())
             engine.update_if(predicate, [group], settle)
+
+    @property
+    def _keeps_last_update(self) -> bool:
+        """Whether somebody reads `last_update`, so that steps have to write it."""
+        return engine.SLOTS_MAY_LAG and (
+            self._moments == "decay" or self._tracks_moved_rows
+        )
+
+    def track_moved_rows(self) -> None:
+        """Note from now on which rows move, for `moved_rows`."""
+        self._tracks_moved_rows = True
 
     def moved_rows(self, variable: Any, updates: int) -> Any:
         """Rows of a table (or of a slot) that the last `updates` updates moved.
@@ -360,10 +367,22 @@ class LazyOptimizer(OptimizerWrapper):
     @property
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then the inner optimizer's, caught up."""
+        self._catch_up_unless_recording()
+        return super().variables
+
+    def _catch_up_unless_recording(self) -> None:
         lags = self.built and self._may_lag and self._moments == "decay"
         if lags and not engine.is_recording():
             self._catch_up()
-        return super().variables
+
+    def save_own_variables(self, store: Any) -> None:
+        if not self._keeps_last_update:
+            now = ops.cast(ops.convert_to_tensor(self._iterations), "int32")
+            for table in self._tables:
+                if table.last_update is not None:
+                    last_update = ops.convert_to_tensor(table.last_update)
+                    table.last_update.assign(now + ops.zeros_like(last_update))
+        super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)

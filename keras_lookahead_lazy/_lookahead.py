@@ -86,6 +86,9 @@ class Lookahead(OptimizerWrapper):
             return
         super().build(variables)
         self._make_slow_copies()
+        lazy = self._lazy_optimizer()
+        if lazy is not None:
+            lazy.track_moved_rows()
 
     @_private.no_automatic_dependency_tracking
     def _make_slow_copies(self) -> None:

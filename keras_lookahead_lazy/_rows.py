@@ -26,12 +26,6 @@ class Rows:
     gradient: Any
     sampled: Any
 
-    def keep_unsampled(self, new: Any, old: Any) -> Any:
-        """`new` in the sampled rows, `old`, bit for bit, in the others."""
-        if self.sampled is None:
-            return new
-        return ops.where(_as_column(self.sampled, len(new.shape)), new, old)
-
 
 def decayed(value: Any, log_rate: float, steps: Any) -> Any:
     """`value` after `steps` (one int a row) multiplications by `exp(log_rate)`.
@@ -59,9 +53,16 @@ class RowView(keras.Variable):
     Args:
         rows: tensor of shape `(n, ...)`, the rows' values.
         variable: the Keras variable they are rows of, for name and dtype.
+        sampled: bool tensor of shape `(n,)`, the rows that may change; the others
+            keep their values, bit for bit. `None` if all may.
+        at_once: whether they do so in every assignment, which lets XLA update a
+            table in place, or only in `settle`: an optimizer whose step looks
+            across rows has to see them as without a mask until then.
     """
 
-    def __init__(self, rows: Any, variable: keras.Variable) -> None:
+    def __init__(
+        self, rows: Any, variable: keras.Variable, sampled: Any, at_once: bool
+    ) -> None:
         # No `super().__init__`: it would create storage. These are the
         # attributes that the base class's properties read.
         self._value = rows
@@ -78,7 +79,23 @@ class RowView(keras.Variable):
         self._aggregation = "none"
         self._synchronization = "auto"
         self._overwrite_with_gradient = False
+        self._unchanged = rows
+        self._sampled = sampled
+        self._at_once = at_once
 
     def assign(self, value: Any) -> Any:
         self._value = ops.cast(ops.convert_to_tensor(value), self._dtype)
+        if self._at_once:
+            self._keep_unsampled()
         return self._value
+
+    def settle(self) -> Any:
+        """The values to write back."""
+        if not self._at_once:
+            self._keep_unsampled()
+        return self._value
+
+    def _keep_unsampled(self) -> None:
+        if self._sampled is not None:
+            sampled = _as_column(self._sampled, self._ndim)
+            self._value = ops.where(sampled, self._value, self._unchanged)

@@ -25,15 +25,25 @@ def all_rows(variable: Any) -> None:
 # Which rows were sampled
 
 
-def find_rows(gradient: jax.Array, every_row: bool) -> Rows:
-    """Every row of the table, and which of them the dense `gradient` touches.
+def find_rows(
+    gradient: jax.Array, variables: list, every_row: bool
+) -> tuple[Rows, list]:
+    """The rows of a table that the dense `gradient` touches: all, and a mask.
 
     A compiled program cannot have as many rows as happen to be sampled. XLA fuses
     the masked update into the one pass that the inner optimizer makes anyway.
+
+    Args:
+        variables: the table and what is kept for it.
+        every_row: whether the step needs the whole table.
+
+    Returns:
+        The rows, and the values of each of the variables there.
     """
     axes = tuple(range(1, gradient.ndim))
     # XLA fuses a maximum into one pass over the gradient, but not `any(... != 0)`.
-    return Rows(None, gradient, jnp.max(jnp.abs(gradient), axis=axes) != 0)
+    rows = Rows(None, gradient, jnp.max(jnp.abs(gradient), axis=axes) != 0)
+    return rows, [variable.value for variable in variables]
 
 
 def sum_duplicates(gradient: jax.Array) -> jax.Array:
@@ -42,10 +52,6 @@ def sum_duplicates(gradient: jax.Array) -> jax.Array:
 
 
 # Reading and writing rows
-
-
-def read_rows(variable: keras.Variable, like: Any, indices: None) -> jax.Array:
-    return variable.value
 
 
 def write_rows(

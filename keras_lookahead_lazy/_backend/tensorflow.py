@@ -25,27 +25,41 @@ def all_rows(variable: Any) -> None:
 # Which rows were sampled
 
 
-def find_rows(gradient: Any, every_row: bool) -> Rows:
+def find_rows(gradient: Any, variables: list, every_row: bool) -> tuple[Rows, list]:
     """The rows of a table that `gradient` (dense or `tf.IndexedSlices`) touches.
 
     Under XLA a row that was drawn n times is worked on n times, with the same sum
     and the same result each time.
+
+    Args:
+        variables: the table, or the replica of it that is being updated, and what
+            is kept for it.
+        every_row: whether the step needs the whole table.
+
+    Returns:
+        The rows, and the values of each of the variables there.
     """
-    if every_row:
-        gradient = tf.convert_to_tensor(gradient)
-        return Rows(None, gradient, _has_entries(gradient))
-    if isinstance(gradient, tf.IndexedSlices):
+
+    def read(indices: Any) -> list:
+        return [read_rows(variable, variables[0], indices) for variable in variables]
+
+    if isinstance(gradient, tf.IndexedSlices) and not every_row:
         if _in_xla():
             indices, position, sums = _sorted_sums(gradient)
-            values = tf.gather(sums, position)
-            return Rows(indices, values, _has_entries(values))
+            sums = tf.gather(sums, position)
+            return Rows(indices, sums, _has_entries(sums)), read(indices)
         gradient = sum_duplicates(gradient)
-        indices, values = _without_idle_rows(gradient.indices, gradient.values)
-        return Rows(indices, values, None)
-    if _in_xla():
-        return Rows(None, gradient, _has_entries(gradient))
-    indices = tf.where(_has_entries(gradient))[:, 0]
-    return Rows(indices, tf.gather(gradient, indices), None)
+        # Read before it is known which are idle: the two do not wait for each other.
+        sums, indices, *values = _without_idle_rows(
+            gradient.values, gradient.indices, *read(gradient.indices)
+        )
+        return Rows(indices, sums, None), values
+    gradient = tf.convert_to_tensor(gradient)
+    sampled = _has_entries(gradient)
+    if every_row or _in_xla():
+        return Rows(None, gradient, sampled), read(None)
+    indices = tf.where(sampled)[:, 0]
+    return Rows(indices, tf.gather(gradient, indices), None), read(indices)
 
 
 def sum_duplicates(gradient: Any) -> Any:
@@ -87,18 +101,22 @@ def _sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
     return indices, position, sums
 
 
-def _without_idle_rows(indices: tf.Tensor, values: tf.Tensor) -> tuple:
+def _without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     """Leave out rows whose gradient is zero, such as a masked token's.
 
     They are rare: where no row even begins with a zero, there is none to look for.
+
+    Args:
+        others: what else has one entry a row.
     """
+    tensors = (gradient, *others)
 
     def leave_out() -> tuple:
-        sampled = _has_entries(values)
-        return tf.boolean_mask(indices, sampled), tf.boolean_mask(values, sampled)
+        sampled = _has_entries(gradient)
+        return tuple(tf.boolean_mask(tensor, sampled) for tensor in tensors)
 
-    first = tf.reshape(values, [tf.size(indices), -1])[:, 0]
-    return tf.cond(tf.reduce_all(first != 0), lambda: (indices, values), leave_out)
+    first = tf.reshape(gradient, [tf.shape(gradient)[0], -1])[:, 0]
+    return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
 
 
 class _Slices(tf.IndexedSlices):
@@ -170,33 +188,36 @@ def update_if(
 ) -> None:
     """For each group of variables, assign `function` of their values, if `predicate`.
 
-    `moved` names the rows to read and write, by the group's first variable. A value
-    of `None` leaves its variable alone.
+    `moved` names the rows to read and write, by the group's first variable.
+    """
+
+    def update(*variables: tf.Variable) -> None:
+        first = variables[0]
+        rows = moved(first)
+        values = [read_rows(variable, first, rows) for variable in variables]
+        for variable, value in zip(variables, function(*values), strict=True):
+            write_rows(variable, first, rows, value)
+
+    _update_groups_if(predicate, groups, update)
+
+
+def _update_groups_if(predicate: Any, groups: Groups, update: Callable) -> None:
+    """Call `update` with each group of variables, if `predicate`.
 
     The condition stands in cross-replica context: a branch in replica context may
     not merge replicas, which assigning an aggregated variable does.
     """
 
-    latest: dict[str, list] = {}
-
-    def update(first: tf.Variable, *others: tf.Variable) -> None:
-        variables = (first, *others)
-        # One group after the other, so that they share memory for what they compute.
-        with tf.control_dependencies(latest.get(first.device, ())):
-            indices = moved(first)
-            values = [read_rows(variable, first, indices) for variable in variables]
-            new_values = function(*values)
-        for variable, value in zip(variables, new_values, strict=True):
-            if value is not None:
-                write_rows(variable, first, indices, value)
-        latest[first.device] = [value for value in new_values if value is not None]
-
     def across_replicas(strategy: tf.distribute.Strategy) -> None:
+        def update_replica(first: tf.Variable, *others: tf.Variable) -> None:
+            update(first, *(_replica(other, first) for other in others))
+
         def update_all() -> None:
-            latest.clear()
             for group in groups:
                 first, *others = (variable.value for variable in group)
-                strategy.extended.update(first, update, args=others, group=False)
+                strategy.extended.update(
+                    first, update_replica, args=others, group=False
+                )
 
         _run_if(predicate, update_all)
 
@@ -226,15 +247,16 @@ def _run_if(predicate: tf.Tensor, function: Callable) -> None:
 def back_up_first(updates: Any, pairs: Groups) -> None:
     """slow := fast, before the first update."""
 
-    def back_up(fast: tf.Tensor, slow: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        if not _in_xla():
-            return None, fast
-        # Both take one value that XLA cannot see to be `fast`. Were `fast` only read
-        # here, XLA would copy it in every step, to be safe from the update.
-        fast = tf.where(updates < 0, slow, fast)
-        return fast, fast
+    def back_up(fast: tf.Variable, slow: tf.Variable) -> None:
+        value = fast.read_value()
+        if _in_xla():
+            # Both take one value that XLA cannot see to be `fast`. Were `fast` only
+            # read here, XLA would copy it in every step, to be safe from the update.
+            value = tf.where(updates < 0, slow, value)
+            fast.assign(value, read_value=False)
+        slow.assign(value, read_value=False)
 
-    update_if(updates == 0, pairs, back_up)
+    _update_groups_if(updates == 0, pairs, back_up)
 
 
 def pull_back_if(
@@ -242,11 +264,23 @@ def pull_back_if(
 ) -> None:
     """slow := slow + alpha (fast - slow); fast := slow, if `predicate`."""
 
-    def pull_back(fast: tf.Tensor, slow: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        point = slow + tf.cast(alpha, slow.dtype) * (fast - slow)
-        return point, point
+    def pull_back(fast: tf.Variable, slow: tf.Variable) -> None:
+        rows = moved(fast)
+        if rows is not None:
+            old = read_rows(slow, fast, rows)
+            step = read_rows(fast, fast, rows) - old
+            point = old + tf.cast(alpha, old.dtype) * step
+            write_rows(fast, fast, rows, point)
+            write_rows(slow, fast, rows, point)
+            return
+        # The same in place: no temporaries, and fewer passes over the weights.
+        fast.assign_sub(slow, read_value=False)
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=slow.handle, alpha=tf.cast(-alpha, slow.dtype), delta=fast
+        )
+        fast.assign(slow, read_value=False)
 
-    update_if(predicate, pairs, pull_back, moved)
+    _update_groups_if(predicate, pairs, pull_back)
 
 
 # What else differs

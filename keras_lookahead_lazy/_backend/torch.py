@@ -27,17 +27,28 @@ def all_rows(variable: Any) -> None:
 # Which rows were sampled
 
 
-def find_rows(gradient: torch.Tensor, every_row: bool) -> Rows:
+def find_rows(
+    gradient: torch.Tensor, variables: list, every_row: bool
+) -> tuple[Rows, list]:
     """The rows of a table that the dense `gradient` touches.
 
     On an accelerator their number would have to come to the host, which stalls
     it; there, and where a compiler wants fixed shapes, the masked form is used.
+
+    Args:
+        variables: the table and what is kept for it.
+        every_row: whether the step needs the whole table.
+
+    Returns:
+        The rows, and the values of each of the variables there.
     """
     sampled = (gradient != 0).flatten(1).any(1)
     if every_row or gradient.device.type != "cpu" or torch.compiler.is_compiling():
-        return Rows(None, gradient, sampled)
-    indices = sampled.nonzero()[:, 0]
-    return Rows(indices, gradient.index_select(0, indices), None)
+        rows = Rows(None, gradient, sampled)
+    else:
+        indices = sampled.nonzero()[:, 0]
+        rows = Rows(indices, gradient.index_select(0, indices), None)
+    return rows, [read_rows(variable, None, rows.indices) for variable in variables]
 
 
 def sum_duplicates(gradient: torch.Tensor) -> torch.Tensor:
