@@ -29,7 +29,6 @@ class Goal:
         name: to choose it by on the command line.
         what: what is compared, in words.
         where: the backend and how it runs.
-        where: the backend and how it runs.
         measure: measures it.
         limit: what it should not exceed; `None` where nothing was set.
         is_floor: `limit` is what it should reach, instead.
@@ -144,6 +143,15 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
             TITLES["graph"],
             _step(Variant(*GRAPH, f"Lazy {moments}", large), tfa),
             limit,
+        )
+        yield Goal(
+            f"lazy-{moments}-bare",
+            f"Lazy {moments} / tfa's operations, same TF",
+            TITLES["graph"],
+            _step(
+                Variant(*GRAPH, f"Lazy {moments}", large),
+                Variant(*GRAPH, "bare LazyAdam", large),
+            ),
         )
     yield Goal(
         "lazy-adam",

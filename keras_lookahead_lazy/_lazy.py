@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _decay, _private, _rows, _tables
@@ -183,6 +184,7 @@ class LazyOptimizer(OptimizerWrapper):
             last_update = self.add_variable(
                 shape=variable.shape[:1],
                 dtype="int32",
+                layout=engine.row_layout(variable),
                 name="last_update",
             )
         if variable.constraint is not None:
@@ -375,14 +377,12 @@ class LazyOptimizer(OptimizerWrapper):
         if lags and not engine.is_recording():
             self._catch_up()
 
-    def save_own_variables(self, store: Any) -> None:
-        if not self._keeps_last_update:
-            now = ops.cast(ops.convert_to_tensor(self._iterations), "int32")
-            for table in self._tables:
-                if table.last_update is not None:
-                    last_update = ops.convert_to_tensor(table.last_update)
-                    table.last_update.assign(now + ops.zeros_like(last_update))
-        super().save_own_variables(store)
+    def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
+        value = super()._value_to_save(variable)
+        counts_rows = any(variable is table.last_update for table in self._tables)
+        if counts_rows and not self._keeps_last_update:  # then all rows are current
+            return np.full_like(value, super()._value_to_save(self._iterations))
+        return value
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)

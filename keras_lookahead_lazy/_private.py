@@ -23,6 +23,7 @@ __all__ = [
     "innermost",
     "no_automatic_dependency_tracking",
     "register_variables",
+    "serialize",
     "slots",
     "stand_in",
     "with_rows",
@@ -56,6 +57,18 @@ def register_variables(optimizer: keras.Optimizer, variables: list) -> None:
         optimizer._var_key(v): i for i, v in enumerate(variables)
     }
     optimizer.built = True
+
+
+def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:
+    """The config of an optimizer, in terms that hold on every backend.
+
+    On torch Keras's optimizers are subclasses in modules of that backend, and Keras
+    stores their names, which cannot be loaded on another.
+    """
+    config = keras.saving.serialize_keras_object(optimizer)
+    if config["module"].startswith("keras.src.backend."):
+        config["module"], config["registered_name"] = "keras.optimizers", None
+    return config
 
 
 def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable]:

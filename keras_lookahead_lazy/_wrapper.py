@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _backend, _private
@@ -208,7 +209,10 @@ class OptimizerWrapper(keras.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(self._variables):
-            store[str(i)] = ops.convert_to_numpy(variable)
+            store[str(i)] = self._value_to_save(variable)
+
+    def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
+        return ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` stored.
@@ -238,7 +242,7 @@ class OptimizerWrapper(keras.Optimizer):
         """The arguments of the constructor, serialized."""
         return {
             "name": self.name,
-            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "optimizer": _private.serialize(self.inner_optimizer),
         }
 
     @classmethod

@@ -1,21 +1,175 @@
-"""n replicas on a global batch train as one replica does on the same batch."""
+"""n replicas on a global batch train as one replica does on the same batch.
 
-import os
+The programs are those of `examples/distributed`, run as a user runs them.
+"""
+
+import io
+import itertools
+import re
 import subprocess
 import sys
+import zipfile
+from functools import cache
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
+from harness import BACKEND
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
+ROOT = Path(__file__).parents[1]
+STEPS = 50
 
-def fit(strategy, moments, inner_state):
-    rng = np.random.default_rng(0)
-    x = np.minimum(rng.zipf(1.4, (160, 5)) - 1, 29)
-    y = rng.normal(size=(160, 1)).astype("float32")
-    keras.utils.set_random_seed(0)
+SETTINGS = {
+    "adam": ["--k", "5"],
+    "sgd": [
+        "--optimizer=sgd",
+        "--moments=freeze",
+        "--inner-state=interpolate",
+        "--k=3",
+    ],
+    "rmsprop": ["--optimizer=rmsprop", "--inner-state=reset", "--k=4", "--alpha=0.8"],
+    "adamw": ["--optimizer=adamw", "--moments=freeze", "--k=7"],
+}
+ENGINES = {
+    "tensorflow": [
+        ("mirrored", "--replicas=1", "--loop"),
+        ("mirrored", "--replicas=2"),
+        ("mirrored", "--replicas=2", "--loop"),
+        ("mirrored", "--replicas=4"),
+        ("mirrored", "--replicas=4", "--loop"),
+        ("multi_worker", "--replicas=2"),
+    ],
+    "jax": [
+        ("data_parallel", "--replicas=8"),
+        ("data_parallel", "--replicas=8", "--processes=2"),
+        ("model_parallel", "--replicas=8", "--shard=rows"),
+        ("model_parallel", "--replicas=8", "--shard=columns"),
+    ],
+    "torch": [("ddp", "--replicas=2"), ("ddp", "--replicas=3")],
+}[BACKEND]
+ALONE = {
+    "tensorflow": ("mirrored", "--replicas=1"),  # under OneDeviceStrategy
+    "jax": ("data_parallel", "--replicas=1"),
+    "torch": ("ddp", "--replicas=1"),
+}[BACKEND]
+
+
+def run(engine, *arguments):
+    """Run an example; what it prints."""
+    name, *options = engine
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.distributed.{name}", *options, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def contents(path):
+    """Every array in a `.keras` file: weights, slow weights, slots and counters."""
+    found = {}
+
+    def note(name, entry):
+        if isinstance(entry, h5py.Dataset):
+            found[name] = entry[()]
+
+    with zipfile.ZipFile(path) as archive:
+        weights = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(weights) as file:
+        file.visititems(note)
+    return found
+
+
+def assert_equal(ours, theirs):
+    assert sorted(ours) == sorted(theirs)
+    assert len(ours) > 10
+    for name, array in theirs.items():
+        scale = max(np.max(np.abs(array)), 1e-8)
+        assert np.max(np.abs(ours[name] - array)) <= 1e-5 * scale, name
+
+
+@cache
+def alone(setting, folder):
+    path = folder / f"{setting}.keras"
+    run(ALONE, *SETTINGS[setting], f"--steps={STEPS}", f"--save={path}")
+    return contents(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.mark.parametrize(
+    ("engine", "setting"),
+    list(zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False)),
+    ids=lambda value: "".join(value),
+)
+def test_replicas_train_as_one(engine, setting, folder, tmp_path):
+    path = tmp_path / "model.keras"
+    arguments = [*SETTINGS[setting], f"--steps={STEPS}", f"--save={path}"]
+    printed = run(engine, *arguments)
+    assert_equal(contents(path), alone(setting, folder))
+    if engine[0] != "model_parallel":  # whose devices hold different parts
+        count = re.search(r"--replicas=(\d)", engine[1])[1]
+        assert f"{count} replicas, identical" in printed
+
+
+@pytest.mark.parametrize(
+    "engines", [(ENGINES[-2], ENGINES[-1]), (ENGINES[-1], ALONE), (ALONE, ENGINES[1])]
+)
+def test_a_run_goes_on_with_another_number_of_replicas(engines, folder, tmp_path):
+    """Saved after 23 steps, in the middle of a cycle of 7."""
+    first, second = engines
+    middle, end = tmp_path / "middle.keras", tmp_path / "end.keras"
+    run(first, *SETTINGS["adamw"], "--steps=23", f"--save={middle}")
+    run(second, "--resume", str(middle), f"--steps={STEPS - 23}", f"--save={end}")
+    assert_equal(contents(end), alone("adamw", folder))
+
+
+def optimizer():
+    return Lookahead(LazyOptimizer(keras.optimizers.Adam(0.01)), k=3)
+
+
+# Programs, because the devices are set before TensorFlow or JAX starts
+
+
+def run_here(*arguments):
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def gradients_stay_sparse():
+    """What reaches the lazy step under two replicas is `tf.IndexedSlices`."""
+    import tensorflow as tf
+
+    from keras_lookahead_lazy._backend import engine
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    half = tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpu, [half, half])
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    seen = []
+    find_rows = engine.find_rows
+
+    def spy(gradient, *arguments, **options):
+        seen.append(gradient)
+        return find_rows(gradient, *arguments, **options)
+
+    engine.find_rows = spy
     with strategy.scope():
         model = keras.Sequential(
             [
@@ -25,44 +179,76 @@ def fit(strategy, moments, inner_state):
                 keras.layers.Dense(1),
             ]
         )
-        lazy = LazyOptimizer(keras.optimizers.Adam(0.01), moments=moments)
-        model.compile(Lookahead(lazy, k=3, inner_state=inner_state), "mse")
-    model.fit(x, y, batch_size=16, epochs=5, shuffle=False, verbose=0)
-    return model
+        model.compile(optimizer(), "mse")
+    x = np.random.default_rng(0).integers(30, size=(16, 5))
+    model.fit(x, x[:, :1].astype("float32"), batch_size=8, verbose=0)
+    assert len(seen) >= 2  # one a replica
+    assert all(isinstance(gradient, tf.IndexedSlices) for gradient in seen)
 
 
-def mirrored(moments, inner_state):
-    """50 steps on one replica and on two: run where TensorFlow is still fresh."""
-    import tensorflow as tf
-
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    half = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(cpu, [half, half])
-    two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    ours = fit(two, moments, inner_state)
-    alone = fit(tf.distribute.get_strategy(), moments, inner_state)
-    for weight, reference in zip(ours.weights, alone.weights, strict=True):
-        first, second = two.experimental_local_results(weight.value)
-        np.testing.assert_array_equal(first.numpy(), second.numpy())
-        error = np.max(np.abs(first.numpy() - reference.numpy()))
-        assert error < 1e-5 * np.max(np.abs(reference.numpy())), (weight.path, error)
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+def test_gradients_stay_sparse_through_the_all_reduce():
+    run_here("gradients_stay_sparse")
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.distribute")
-@pytest.mark.parametrize(
-    ("moments", "inner_state"),
-    [("decay", "maintain"), ("freeze", "interpolate"), ("decay", "reset")],
-)
-def test_mirrored_strategy(moments, inner_state):
-    done = subprocess.run(
-        [sys.executable, __file__, moments, inner_state],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
+def no_table_is_gathered(shard):
+    """The compiled train step of a sharded table, and where its state lies."""
+    import os
+
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import jax
+
+    vocabulary, width = 1024, 64
+    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
+    layouts = keras.distribution.LayoutMap(mesh)
+    axes = ("model", None) if shard == "rows" else (None, "model")
+    layouts[".*embeddings"] = axes
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )
-    assert done.returncode == 0, done.stderr
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Embedding(vocabulary, width),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(optimizer(), "mse")
+    x = np.random.default_rng(0).integers(vocabulary, size=(16, 5))
+    model.fit(x, x[:, :1].astype("float32"), batch_size=16, verbose=0)
+
+    weights = [v.value for v in model.trainable_variables]
+    state = [v.value for v in model.optimizer.variables]
+    gradients = [jax.numpy.ones_like(w, device=w.sharding) for w in weights]
+    step = jax.jit(model.optimizer.stateless_apply, donate_argnums=(0, 2))
+    compiled = step.lower(state, gradients, weights).compile().as_text()
+    assert "all-gather" not in compiled
+    assert "all-to-all" not in compiled
+
+    trainable, other = model.trainable_variables, model.non_trainable_variables
+    state = (trainable, other, model.optimizer.variables, model.metrics_variables)
+    state = jax.tree.map(lambda v: v.value, state)
+    whole = jax.jit(model.train_step).lower(state, (x, x[:, :1])).compile().as_text()
+    gathered = re.findall(r"= (\S+) all-gather\(", whole)
+    assert not [shape for shape in gathered if str(vocabulary) in shape]
+
+    expected = jax.sharding.PartitionSpec(*axes)
+    shapes = {(vocabulary, width): expected, (vocabulary,): expected[:1]}
+    belonging = [v.value for v in model.optimizer.variables if v.shape in shapes]
+    assert len(belonging) == 4  # slow weights, two slots, the rows' last update
+    for array in belonging:
+        sharding = jax.sharding.NamedSharding(
+            array.sharding.mesh, jax.sharding.PartitionSpec(*shapes[array.shape])
+        )
+        assert array.sharding.is_equivalent_to(sharding, array.ndim), array.sharding
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
+@pytest.mark.parametrize("shard", ["rows", "columns"])
+def test_no_table_is_gathered(shard):
+    run_here("no_table_is_gathered", shard)
 
 
 if __name__ == "__main__":
-    mirrored(*sys.argv[1:])
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -60,6 +60,15 @@ def write_rows(
     variable.assign(values)
 
 
+def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
+    """Where a vector with one entry for each row of a table belongs."""
+    sharding = variable.value.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    by_row = jax.sharding.PartitionSpec(*sharding.spec[:1])
+    return jax.sharding.NamedSharding(sharding.mesh, by_row)
+
+
 def rows_since(last_update: Any, like: Any, step: Any) -> None:
     """All rows: those that did not move are where a sync puts them."""
     return None

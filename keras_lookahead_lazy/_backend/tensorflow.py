@@ -159,10 +159,19 @@ def write_rows(variable: Any, like: Any, indices: Any, values: Any) -> None:
 def _replica(variable: Any, like: Any) -> tf.Variable:
     if isinstance(variable, keras.Variable):
         variable = variable.value
-    replicas = tf.distribute.get_strategy().experimental_local_results(variable)
+    replicas = _strategy(variable).experimental_local_results(variable)
     if len(replicas) == 1:
         return replicas[0]
     return next(replica for replica in replicas if replica.device == like.device)
+
+
+def _strategy(variable: tf.Variable) -> tf.distribute.Strategy:
+    """The strategy that a variable was created under."""
+    return getattr(variable, "distribute_strategy", tf.distribute.get_strategy())
+
+
+def row_layout(variable: keras.Variable) -> None:
+    """Keras lays variables out on JAX alone."""
 
 
 def rows_since(last_update: Any, like: Any, step: Any) -> tf.Tensor | None:
@@ -221,10 +230,16 @@ def _update_groups_if(predicate: Any, groups: Groups, update: Callable) -> None:
 
         _run_if(predicate, update_all)
 
-    if groups:
+    if not groups:
+        return
+    if tf.distribute.has_strategy():
         tf.__internal__.distribute.interim.maybe_merge_call(
             across_replicas, tf.distribute.get_strategy()
         )
+    else:  # outside the scope of the variables' strategy, if they have one
+        strategy = _strategy(groups[0][0].value)
+        with strategy.scope():
+            across_replicas(strategy)
 
 
 def _run_if(predicate: tf.Tensor, function: Callable) -> None:

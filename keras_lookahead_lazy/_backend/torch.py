@@ -74,6 +74,10 @@ def write_rows(
         variable.value.index_copy_(0, indices, values)
 
 
+def row_layout(variable: keras.Variable) -> None:
+    """Keras lays variables out on JAX alone."""
+
+
 def rows_since(last_update: Any, like: Any, step: int) -> torch.Tensor | None:
     """The rows updated after `step`; `None`, for all, where shapes are fixed."""
     value = last_update.value

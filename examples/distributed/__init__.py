@@ -1,0 +1,1 @@
+"""One model on several devices or processes: an example for each engine."""
