@@ -1,4 +1,8 @@
-"""Weights after every step against plain NumPy in float64, for each optimizer."""
+"""Weights after every step against plain NumPy in float64, for each optimizer.
+
+Each backend is within 5e-6 of the same reference, so any two are within 1e-5 of each
+other: on the same weights and gradients, in every optimizer and mode.
+"""
 
 import itertools
 
@@ -18,7 +22,8 @@ from reference import Reference
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
-STEPS = 14
+STEPS = 50
+TOLERANCE = 5e-6  # relative to the largest entry of a weight
 MOMENTS = ("decay", "freeze")
 INNER_STATES = ("maintain", "interpolate", "reset")
 GRADIENTS = ("dense", "sparse") if "graph" in MODES else ("dense",)
@@ -51,7 +56,7 @@ def compare(wrap, case, mode, sparse=False, **around):
     run = Run(wrap(make(case)), weights, mode, (0,) if sparse else ())
     for step in make_gradients(STEPS, weights):
         reference.apply(step)
-        assert_agree(run.step(step), reference.weights)
+        assert_agree(run.step(step), reference.weights, TOLERANCE)
 
 
 @pytest.mark.parametrize(("case", "mode", "inner_state"), every(INNER_STATES))

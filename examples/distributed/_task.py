@@ -109,7 +109,8 @@ class Losses(keras.callbacks.Callback):
         self._sum = 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        total = (batch + 1) * logs["loss"]  # what Keras reports is the mean so far
+        mean = (logs or {})["loss"]  # of the steps so far
+        total = (batch + 1) * mean
         self.values.append(total - self._sum)
         self._sum = total
 
