@@ -147,7 +147,8 @@ def take_over_tables(optimizer: keras.Optimizer, is_table: Callable) -> None:
 
 def is_recording() -> bool:
     """Whether values are being traced, or belong to a stateless call."""
-    return not jax.core.trace_ctx.is_top_level() or _in_stateless_scope()
+    is_tracing = isinstance(jnp.zeros(()), jax.core.Tracer)
+    return is_tracing or _in_stateless_scope()
 
 
 def apply(optimizer: keras.Optimizer, grads: list, variables: list | None) -> None:
