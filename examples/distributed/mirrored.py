@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from examples.distributed import _task
+from examples.distributed._strategy_run import train_function
 
 
 def devices(count: int) -> list[str]:
@@ -32,22 +33,7 @@ def loop(
     strategy: tf.distribute.Strategy, model: keras.Model, options: _task.Options
 ) -> list[float]:
     """Train in a loop of one's own; the loss of each step."""
-    weights = model.trainable_variables
-    with strategy.scope():
-        model.optimizer.build(weights)  # `strategy.run` may not create variables
-
-    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            # A Keras loss divides by the number of replicas; `apply` sums over them.
-            loss = keras.losses.BinaryCrossentropy()(y, model(x, training=True))
-        gradients = tape.gradient(loss, [weight.value for weight in weights])
-        model.optimizer.apply(gradients, weights)
-        return loss
-
-    @tf.function
-    def train(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        return strategy.reduce("SUM", strategy.run(step, args=(x, y)), axis=None)
-
+    train = train_function(strategy, model)
     data = tf.data.Dataset.from_tensor_slices(_task.samples(options, model))
     return [
         float(train(x, y)) for x, y in strategy.experimental_distribute_dataset(data)

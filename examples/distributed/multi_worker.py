@@ -8,34 +8,19 @@ import os
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
+import tensorflow as tf
+
 from examples.distributed import _task
+from examples.distributed._strategy_run import train_function
 
 
 def work(options: _task.Options) -> None:
     """Train as one of the workers that `TF_CONFIG` lists."""
-    import tensorflow as tf
-
     # Before anything else that TensorFlow does: it connects the workers.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    import keras
-
     with strategy.scope():
         model = _task.model(options)
-        weights = model.trainable_variables
-        model.optimizer.build(weights)
-
-    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            # A Keras loss divides by the number of replicas; `apply` sums over them.
-            loss = keras.losses.BinaryCrossentropy()(y, model(x, training=True))
-        gradients = tape.gradient(loss, [weight.value for weight in weights])
-        model.optimizer.apply(gradients, weights)
-        return loss
-
-    @tf.function
-    def train(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        return strategy.reduce("SUM", strategy.run(step, args=(x, y)), axis=None)
-
+    train = train_function(strategy, model)
     worker = strategy.cluster_resolver.task_id
     share = _task.samples(options, model, worker, options.replicas)
     losses = [
