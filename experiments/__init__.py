@@ -1,0 +1,9 @@
+"""The results that were published about both optimizers, measured again.
+
+Run from the root of the repository; `docs/results.md` has the command of each table and
+picture and what came out::
+
+    python -m experiments.imdb --data imdb.npz
+    python -m experiments.cifar learning-rate --data cifar10_jpeg.npz
+    python -m experiments.language_model --data imdb.npz
+"""

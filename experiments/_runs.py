@@ -1,0 +1,229 @@
+"""Runs of an experiment: each in a process of its own, each leaving one JSON file."""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from examples._compare import positive_int, seed_number
+from examples._data import Data, DataError, one_line
+from examples._report import environment, without_nan
+
+RESULTS = Path(__file__).parent / "results"
+
+Settings = dict[str, Any]  # all that a run depends on, besides the data
+Record = dict[str, Any]  # what a run's file holds
+Measure = Callable[[Data, Settings], dict[str, Any]]
+
+
+def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) -> None:
+    """Add the options that every experiment has."""
+    add = parser.add_argument
+    add("--data", required=True, metavar="SOURCE", help=data)
+    add(
+        "--seeds",
+        nargs="+",
+        type=seed_number,
+        default=seeds,
+        metavar="SEED",
+        help="run everything once from each (default: %(default)s)",
+    )
+    add("--epochs", type=positive_int, metavar="N", help="instead of the scale's")
+    for part in ("train", "test"):
+        add(
+            f"--{part}-samples",
+            type=positive_int,
+            metavar="N",
+            help=f"{part} on at most so many, instead of the scale's",
+        )
+    add(
+        "--full",
+        action="store_true",
+        help="the scale of the publication, for a machine with a GPU",
+    )
+    add(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="runs at a time, which share the cores (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("results") / parser.prog.split()[0],
+        metavar="FOLDER",
+        help="where the runs' files go; runs that are there already are left out "
+        "(default: %(default)s)",
+    )
+
+
+def run_all(
+    experiment: str,
+    runs: Mapping[str, Settings],
+    load_data: Callable[[], Data],
+    measure: Measure,
+    options: argparse.Namespace,
+) -> int:
+    """Make those of the runs that `options.output` lacks; return the exit status.
+
+    Parameters
+    ----------
+    experiment : str
+        The experiment's name.
+    runs : mapping
+        The settings of every run, by the name of its file.
+    load_data : callable
+        Makes the data, which go to each run's process.
+    measure : callable
+        Makes one run; a function that a new process can import.
+    """
+    try:
+        missing = [name for name in runs if not _is_there(options.output, name, runs)]
+        for name in runs.keys() - set(missing):
+            print(f"{name}: there already")
+        data = load_data() if missing else None
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (DataError, OSError) as error:
+        print(f"{experiment}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    failed = 0
+    with (
+        _cores_divided_by(options.jobs),
+        ThreadPoolExecutor(options.jobs) as threads,
+    ):
+        # A thread a run, which waits for the run's process: what one run leaves in
+        # memory or breaks is then nothing to the next one.
+        futures = {
+            threads.submit(
+                _in_new_process, _make_run, experiment, measure, data, *job
+            ): job[0]
+            for job in ((name, runs[name], options.output) for name in missing)
+        }
+        for done, future in enumerate(as_completed(futures), 1):
+            error = future.exception()
+            failed += error is not None
+            outcome = f"failed: {error!r}" if error else f"{future.result():.0f} s"
+            print(f"[{done}/{len(futures)}] {futures[future]}: {outcome}", flush=True)
+    return min(failed, 1)
+
+
+def read(folder: Path) -> list[Record]:
+    """Read the files of all runs in a folder, in the order of their names."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    ]
+
+
+class Progress(keras.callbacks.Callback):
+    """A line an epoch, in which the run is named: runs go on side by side."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        measures = "  ".join(
+            f"{key} {value:.4f}" for key, value in (logs or {}).items()
+        )
+        print(f"{self.name}  epoch {epoch + 1}  {measures}", flush=True)
+
+
+def _is_there(folder: Path, name: str, runs: Mapping[str, Settings]) -> bool:
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return False
+    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    if settings != runs[name]:
+        differing = [
+            key
+            for key in settings | runs[name]
+            if settings.get(key) != runs[name].get(key)
+        ]
+        raise DataError(
+            f"{path} is of a run with other settings ({', '.join(differing)}); "
+            "choose another --output or remove it"
+        )
+    return True
+
+
+def _in_new_process(function: Callable, *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *arguments).result()
+
+
+def _make_run(
+    experiment: str,
+    measure: Measure,
+    data: Data,
+    name: str,
+    settings: Settings,
+    folder: Path,
+) -> float:
+    start = time.perf_counter()
+    keras.config.set_image_data_format("channels_last")
+    keras.utils.set_random_seed(settings["seed"])
+    measured = measure(data, {**settings, "name": name})
+    seconds = time.perf_counter() - start
+    record = {
+        "experiment": experiment,
+        "name": name,
+        "settings": settings,
+        "data": {
+            "source": data.source,
+            "train_samples": len(data.x_train),
+            "test_samples": len(data.x_test),
+        },
+        "environment": {**environment(), **_machine()},
+        "seconds": seconds,
+        "results": measured,
+    }
+    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
+    unfinished = folder / f"{name}.part"
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.rename(folder / f"{name}.json")
+    return seconds
+
+
+def _machine() -> dict[str, Any]:
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":", 1)[1] for line in lines if "model name" in line]
+        processor = models[0].strip() if models else processor
+    return {
+        "processor": processor,
+        "device": str(keras.ops.zeros(()).device),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+@contextmanager
+def _cores_divided_by(jobs: int) -> Iterator[None]:
+    """Let each new process take its share of the cores, where nobody has said how many.
+
+    Two processes on two cores that both start two threads slow each other down by a
+    third.
+    """
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    names = ("NPROC", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")  # JAX, torch, TF
+    ours = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, share))
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]

@@ -1,0 +1,171 @@
+"""The IMDB experiment of bojone's article on lazy optimizers.
+
+Trains the article's model with Adam, LazyOptimizer and Lookahead, and measures how far
+rows of the embedding table move in steps that did not sample them, by which the article
+explains the difference.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from examples._compare import EpochTimer
+from examples._data import Data
+from examples.imdb_lazy import __main__ as example
+from experiments._runs import Progress, Settings, add_options, run_all
+
+OPTIMIZERS = tuple(example.CURVES)
+EPOCHS, BATCH_SIZE = 8, 32
+# A step in so many is measured; no multiple of k, or Lookahead's syncs would be seen
+# always or never.
+PROBE_EVERY = 7
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches in an order that depends on seed and epoch alone, so that it is known."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, seed: int) -> None:
+        super().__init__()
+        self.x, self.y, self.seed = x, y, seed
+        self._reorder(epoch=0)
+
+    def _reorder(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.x))
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // BATCH_SIZE)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self._order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
+        return self.x[chosen], self.y[chosen]
+
+    def on_epoch_end(self) -> None:
+        """Called by Keras after the epoch's last step."""
+        self._reorder(self._epoch + 1)
+
+
+class RowMovement(keras.callbacks.Callback):
+    """Measures how far a table's rows move in a step, sampled or not.
+
+    `epochs` gets a dict an epoch: the distance (Euclidean) that a row moved in a step,
+    averaged over the rows that were sampled in it and over those that were not, and the
+    share of all movement that was of rows not sampled.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self.batches = batches
+        self.epochs: list[dict[str, float]] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._distance = {True: 0.0, False: 0.0}
+        self._rows = {True: 0, False: 0}
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch % PROBE_EVERY == 0:
+            self._before = self._table()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch % PROBE_EVERY:
+            return
+        moved = np.linalg.norm(self._table() - self._before, axis=1)
+        tokens, _ = self.batches[batch]
+        is_sampled = np.zeros(len(moved), bool)
+        is_sampled[tokens] = True
+        for sampled in (True, False):
+            rows = moved[is_sampled == sampled]
+            self._distance[sampled] += float(rows.sum(dtype="float64"))
+            self._rows[sampled] += len(rows)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        distance, rows = self._distance, self._rows
+        self.epochs.append(
+            {
+                "moved_if_sampled": distance[True] / rows[True],
+                "moved_if_not_sampled": distance[False] / rows[False],
+                "share_not_sampled": distance[False] / sum(distance.values()),
+            }
+        )
+
+    def _table(self) -> np.ndarray:
+        # A copy: JAX's arrays are views of memory that the next step overwrites.
+        return np.array(self.model.layers[0].embeddings)
+
+
+def measure(data: Data, settings: Settings) -> dict[str, Any]:
+    """Train once; return what each epoch measured."""
+    model = example.build_model(data)
+    model.compile(
+        optimizer=example.build_optimizer(
+            settings["optimizer"],
+            argparse.Namespace(learning_rate=1e-3, k=5, alpha=0.5),
+        ),
+        loss="binary_crossentropy",
+        metrics=["accuracy"],
+    )
+    batches = Batches(data.x_train, data.y_train, settings["seed"])
+    movement, timer = RowMovement(batches), EpochTimer()
+    history = model.fit(
+        batches,
+        epochs=settings["epochs"],
+        shuffle=False,  # not the batches, too
+        validation_data=(data.x_test, data.y_test),
+        validation_batch_size=256,
+        callbacks=[movement, timer, Progress(settings["name"])],
+        verbose=0,
+    ).history
+    return {
+        "best_val_accuracy": max(history["val_accuracy"]),
+        "epochs": [
+            {
+                "epoch": epoch + 1,
+                **{key: values[epoch] for key, values in history.items()},
+                **movement.epochs[epoch],
+                "seconds": seconds,
+            }
+            for epoch, seconds in enumerate(timer.seconds)
+        ],
+    }
+
+
+def runs(options: argparse.Namespace) -> Mapping[str, Settings]:
+    """Name all runs."""
+    epochs = options.epochs or EPOCHS
+    return {
+        f"{optimizer}-seed{seed}": {
+            "optimizer": optimizer,
+            "seed": seed,
+            "epochs": epochs,
+            "train_samples": options.train_samples,
+            "test_samples": options.test_samples,
+        }
+        for seed in options.seeds
+        for optimizer in options.optimizers
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    parser = argparse.ArgumentParser("imdb", description=__doc__)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
+        metavar="NAME",
+        help=f"any of {', '.join(OPTIMIZERS)} (default: all)",
+    )
+    add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
+    options = parser.parse_args(arguments)
+    return run_all(
+        "imdb", runs(options), lambda: example.load_data(options), measure, options
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
