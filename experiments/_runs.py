@@ -1,6 +1,7 @@
 """Runs of an experiment: each in a process of its own, each leaving one JSON file."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -11,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -25,6 +27,25 @@ RESULTS = Path(__file__).parent / "results"
 Settings = dict[str, Any]  # all that a run depends on, besides the data
 Record = dict[str, Any]  # what a run's file holds
 Measure = Callable[[Data, Settings], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is trained; each experiment adds the size of its model.
+
+    Parameters
+    ----------
+    train_samples, test_samples : int, optional
+        At most so many, and all without.
+    """
+
+    epochs: int
+    batch_size: int
+    train_samples: int | None = None
+    test_samples: int | None = None
+
+
+AnyScale = TypeVar("AnyScale", bound=Scale)
 
 
 def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) -> None:
@@ -48,11 +69,6 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
             help=f"{part} on at most so many, instead of the scale's",
         )
     add(
-        "--full",
-        action="store_true",
-        help="the scale of the publication, for a machine with a GPU",
-    )
-    add(
         "--jobs",
         type=positive_int,
         default=1,
@@ -67,6 +83,27 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
         help="where the runs' files go; runs that are there already are left out "
         "(default: %(default)s)",
     )
+
+
+def add_full_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the experiments that a CPU can only make smaller."""
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the scale of the publication, for a machine with a GPU",
+    )
+
+
+def chosen_scale(
+    options: argparse.Namespace, small: AnyScale, full: AnyScale
+) -> AnyScale:
+    """Take the scale that was asked for, changed by the options that change one."""
+    limits = ("epochs", "train_samples", "test_samples")
+    given = {name: getattr(options, name) for name in limits if getattr(options, name)}
+    scale = dataclasses.replace(full if options.full else small, **given)
+    for name in limits:  # for `load_data`, which reads the options
+        setattr(options, name, getattr(scale, name))
+    return scale
 
 
 def run_all(
@@ -112,9 +149,9 @@ def run_all(
             for job in ((name, runs[name], options.output) for name in missing)
         }
         for done, future in enumerate(as_completed(futures), 1):
-            error = future.exception()
-            failed += error is not None
-            outcome = f"failed: {error!r}" if error else f"{future.result():.0f} s"
+            fault = future.exception()
+            failed += fault is not None
+            outcome = f"failed: {fault!r}" if fault else f"{future.result():.0f} s"
             print(f"[{done}/{len(futures)}] {futures[future]}: {outcome}", flush=True)
     return min(failed, 1)
 

@@ -1,0 +1,321 @@
+"""CIFAR-10: the three experiments on Lookahead's robustness (Zhang et al. 2019).
+
+`sweep` varies the learning rate and the momentum of SGD, with and without Lookahead;
+`k-alpha` varies Lookahead's k and alpha; `updates` measures the test accuracy after
+every fast update and every sync, late in training.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from examples._data import Data
+from examples.cifar_lookahead import __main__ as example
+from examples.cifar_lookahead.data import CLASSES
+from experiments._runs import (
+    Progress,
+    Scale,
+    Settings,
+    add_full_option,
+    add_options,
+    chosen_scale,
+    run_all,
+)
+from keras_lookahead_lazy import Lookahead, SlowWeights
+
+LEARNING_RATE, MOMENTUM = 0.1, 0.9  # where the other one is varied
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+MOMENTA = (0.0, 0.5, 0.9, 0.95, 0.99)
+K, ALPHA = 5, 0.5
+KS, ALPHAS = (5, 10, 20), (0.2, 0.5, 0.8)
+# The paper divides the learning rate by 5 after 60, 120 and 160 of 200 epochs.
+DECAYS, DECAY = (0.3, 0.6, 0.8), 0.2
+# After these shares of training, one in each phase after a decay, `updates` measures.
+WINDOWS = (0.4, 0.6, 0.8)
+CYCLES = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureScale(Scale):
+    """How much is trained, and how large a residual network.
+
+    Parameters
+    ----------
+    filters : list of int
+        The filters of each stage of the residual network; a stage but the first halves
+        the picture's sides.
+    blocks : int
+        Residual blocks of two convolutions in a stage.
+    first_stride : int
+        The stride of the first convolution.
+    augment : bool
+        Whether pictures are shifted by up to four pixels and flipped.
+    weight_decay : float
+        SGD's, decoupled from the gradient as all of Keras's is: 10 times that of an L2
+        penalty under momentum 0.9.
+    """
+
+    filters: list[int]
+    blocks: int
+    first_stride: int
+    augment: bool
+    weight_decay: float
+
+
+SMALL = PictureScale(
+    filters=[16, 32, 64],
+    blocks=1,
+    first_stride=2,
+    augment=False,
+    weight_decay=0.0,
+    epochs=10,
+    batch_size=128,
+    train_samples=20_000,
+)
+FULL = PictureScale(  # ResNet-18
+    filters=[64, 128, 256, 512],
+    blocks=2,
+    first_stride=1,
+    augment=True,
+    weight_decay=5e-3,
+    epochs=200,
+    batch_size=128,
+)
+
+
+def build_model(shape: Sequence[int], scale: PictureScale) -> keras.Model:
+    """Build a residual network (He et al. 2016) that ends in logits."""
+    pictures = keras.Input(shape)
+    x = pictures
+    if scale.augment:
+        x = layers.ZeroPadding2D(4)(x)
+        x = layers.RandomCrop(*shape[:2])(x)
+        x = layers.RandomFlip("horizontal")(x)
+    x = layers.ReLU()(_convolve(x, scale.filters[0], 3, scale.first_stride))
+    for stage, filters in enumerate(scale.filters):
+        for block in range(scale.blocks):
+            stride = 2 if stage and not block else 1
+            y = layers.ReLU()(_convolve(x, filters, 3, stride))
+            y = _convolve(y, filters, 3)
+            if stride > 1 or x.shape[-1] != filters:
+                x = _convolve(x, filters, 1, stride)
+            x = layers.ReLU()(layers.add([x, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(pictures, layers.Dense(CLASSES)(x))
+
+
+def _convolve(x: Any, filters: int, side: int, stride: int = 1) -> Any:
+    x = layers.Conv2D(filters, side, stride, padding="same", use_bias=False)(x)
+    return layers.BatchNormalization(momentum=0.9)(x)
+
+
+def compile_model(data: Data, settings: Settings) -> keras.Model:
+    """Build the model and compile it with the optimizer of the settings."""
+    scale = PictureScale(**settings["scale"])
+    model = build_model(data.x_train.shape[1:], scale)
+    steps = -(-len(data.x_train) // scale.batch_size) * scale.epochs
+    rate = settings["learning_rate"]
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [round(share * steps) for share in DECAYS],
+        [rate * DECAY**decays for decays in range(len(DECAYS) + 1)],
+    )
+    optimizer = keras.optimizers.SGD(
+        schedule,
+        momentum=settings["momentum"],
+        weight_decay=scale.weight_decay or None,
+    )
+    if settings["k"]:
+        optimizer = Lookahead(optimizer, k=settings["k"], alpha=settings["alpha"])
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def measure_training(data: Data, settings: Settings) -> dict[str, Any]:
+    """Train to the end; validate Lookahead on its slow weights, at the end on both."""
+    scale = PictureScale(**settings["scale"])
+    model = compile_model(data, settings)
+    slow = [SlowWeights()] if settings["k"] else []
+    history = model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=scale.batch_size,
+        epochs=scale.epochs,
+        validation_data=(data.x_test, data.y_test),
+        validation_batch_size=500,
+        callbacks=[*slow, Progress(settings["name"])],
+        verbose=0,
+    ).history
+
+    def evaluate(x: np.ndarray, y: np.ndarray, callbacks: list) -> dict[str, float]:
+        return model.evaluate(
+            x, y, batch_size=500, verbose=0, return_dict=True, callbacks=callbacks
+        )
+
+    return {
+        "train": evaluate(data.x_train, data.y_train, slow),
+        "test": evaluate(data.x_test, data.y_test, slow),
+        "test_fast_weights": evaluate(data.x_test, data.y_test, []),
+        "epochs": [
+            {key: history[key][epoch] for key in history}
+            for epoch in range(scale.epochs)
+        ],
+    }
+
+
+def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
+    """Train part of the way, then evaluate on the test set after every update.
+
+    A cycle of k updates gives k + 2 evaluations: at its start, after each fast update,
+    and after the sync.
+    """
+    scale = PictureScale(**settings["scale"])
+    model = compile_model(data, settings)
+    k, alpha = settings["k"], settings["alpha"]
+    model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=scale.batch_size,
+        epochs=settings["start_epoch"],
+        callbacks=[Progress(settings["name"])],
+        verbose=0,
+    )
+    batches = _batches(data, scale.batch_size, settings["seed"])
+
+    def update() -> None:
+        model.train_on_batch(*next(batches))
+
+    def evaluate() -> dict[str, float]:
+        return model.evaluate(
+            data.x_test, data.y_test, batch_size=500, verbose=0, return_dict=True
+        )
+
+    while int(model.optimizer.iterations) % k:
+        update()
+    cycles = []
+    for _ in range(settings["cycles"]):
+        evaluations = [evaluate()]
+        slow_weights = [np.array(weight) for weight in model.trainable_variables]
+        for _ in range(k - 1):
+            update()
+            evaluations.append(evaluate())
+        update()
+        # The k-th update comes with the sync, which has to be undone for a look at the
+        # fast weights: synced = slow + alpha (fast - slow).
+        synced = [np.array(weight) for weight in model.trainable_variables]
+        for weight, before, after in zip(
+            model.trainable_variables, slow_weights, synced, strict=True
+        ):
+            weight.assign(before + (after - before) / alpha)
+        evaluations.append(evaluate())
+        for weight, after in zip(model.trainable_variables, synced, strict=True):
+            weight.assign(after)
+        evaluations.append(evaluate())
+        cycles.append(
+            {
+                key: [evaluation[key] for evaluation in evaluations]
+                for key in ("accuracy", "loss")
+            }
+        )
+    return {
+        "learning_rate": float(model.optimizer.learning_rate),
+        "cycles": cycles,
+    }
+
+
+def _batches(
+    data: Data, batch_size: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(len(data.x_train))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            yield data.x_train[chosen], data.y_train[chosen]
+
+
+def training(
+    scale: PictureScale,
+    seed: int,
+    learning_rate: float = LEARNING_RATE,
+    momentum: float = MOMENTUM,
+    k: int | None = K,
+    alpha: float | None = ALPHA,
+) -> tuple[str, Settings]:
+    """Name a run of SGD, or of Lookahead around it, and give its settings."""
+    name = f"k{k}-alpha{alpha:g}" if k else "sgd"
+    return f"{name}-rate{learning_rate:g}-momentum{momentum:g}-seed{seed}", {
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "k": k,
+        "alpha": alpha,
+        "seed": seed,
+        "scale": asdict(scale),
+    }
+
+
+def sweep(scale: PictureScale, seed: int) -> dict[str, Settings]:
+    """Vary the learning rate and the momentum, with and without Lookahead."""
+    points = [(rate, MOMENTUM) for rate in LEARNING_RATES]
+    points += [(LEARNING_RATE, momentum) for momentum in MOMENTA]
+    return dict(
+        training(scale, seed, *point, k, alpha)
+        for point in points
+        for k, alpha in ((None, None), (K, ALPHA))
+    )
+
+
+def k_alpha(scale: PictureScale, seed: int) -> dict[str, Settings]:
+    """Vary k and alpha."""
+    return dict(training(scale, seed, k=k, alpha=alpha) for k in KS for alpha in ALPHAS)
+
+
+def updates(scale: PictureScale, seed: int) -> dict[str, Settings]:
+    """Look at single updates in several phases of training."""
+    name, settings = training(scale, seed)
+    starts = [round(share * scale.epochs) for share in WINDOWS]
+    return {
+        f"updates-{name}-epoch{start}": {
+            **settings,
+            "start_epoch": start,
+            "cycles": CYCLES,
+        }
+        for start in starts
+    }
+
+
+EXPERIMENTS = {
+    "sweep": (sweep, measure_training),
+    "k-alpha": (k_alpha, measure_training),
+    "updates": (updates, measure_updates),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the experiments; return the exit status."""
+    parser = argparse.ArgumentParser("cifar", description=__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    add_options(parser, seeds=[0, 1], data="keras, or a path of an .npz of JPEGs")
+    add_full_option(parser)
+    options = parser.parse_args(arguments)
+    scale = chosen_scale(options, SMALL, FULL)
+    name_runs, measure = EXPERIMENTS[options.experiment]
+    runs: Mapping[str, Settings] = {
+        name: settings
+        for seed in options.seeds
+        for name, settings in name_runs(scale, seed).items()
+    }
+    return run_all("cifar", runs, lambda: example.load_data(options), measure, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""A language model of words: Adam and SGD, each with and without Lookahead.
+
+An LSTM predicts the next word of IMDB reviews. `tune` trains with every learning rate
+of a grid; `compare` takes, for each optimizer, the rate of the lowest perplexity on the
+validation reviews, and trains from other seeds with it. The perplexities to compare are
+those of test reviews, which took no part in the tuning.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from examples._data import Data, DataError
+from examples.imdb_lazy import __main__ as example
+from examples.imdb_lazy.data import UNKNOWN
+from experiments._runs import (
+    Progress,
+    Record,
+    Scale,
+    Settings,
+    add_full_option,
+    add_options,
+    chosen_scale,
+    read,
+    run_all,
+)
+from keras_lookahead_lazy import Lookahead, SlowWeights
+
+K, ALPHA = 5, 0.5
+LEARNING_RATES = {"adam": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (4.0, 8.0, 16.0, 32.0)}
+OPTIMIZERS = ("adam", "lookahead-adam", "sgd", "lookahead-sgd")
+CLIPNORM = 0.25
+TUNING_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScale(Scale):
+    """How much is trained, and how large an LSTM.
+
+    `test_samples` are the reviews of validation and test together.
+    """
+
+    words: int
+    embedding: int
+    units: int
+    recurrent_layers: int
+    dropout: float
+
+
+SMALL = TextScale(
+    words=5_000,
+    embedding=128,
+    units=128,
+    recurrent_layers=1,
+    dropout=0.0,
+    epochs=3,
+    batch_size=16,
+    train_samples=8_000,
+    test_samples=4_000,
+)
+FULL = TextScale(
+    words=20_000,
+    embedding=400,
+    units=1150,
+    recurrent_layers=3,
+    dropout=0.4,
+    epochs=40,
+    batch_size=16,
+)
+
+
+def load_data(options: argparse.Namespace, words: int) -> Data:
+    """Load the last 80 words of reviews that have so many; rarer words are one."""
+    data = example.load_data(options)
+
+    def sequences(reviews: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = reviews[reviews[:, 0] != 0]
+        known = np.where(whole < words, whole, UNKNOWN)
+        return known[:, :-1], known[:, 1:]
+
+    x_train, y_train = sequences(data.x_train)
+    x_test, y_test = sequences(data.x_test)
+    return dataclasses.replace(
+        data, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test
+    )
+
+
+def build_model(tokens: int, scale: TextScale) -> keras.Model:
+    """Build a language model that ends in a logit for every word."""
+    model = keras.Sequential([keras.Input((tokens,), dtype="int32")])
+    model.add(layers.Embedding(scale.words, scale.embedding))
+    for _ in range(scale.recurrent_layers):
+        model.add(layers.LSTM(scale.units, return_sequences=True))
+        model.add(layers.Dropout(scale.dropout))
+    model.add(layers.Dense(scale.words))
+    return model
+
+
+def build_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
+    """Build one of `OPTIMIZERS`."""
+    wrapper, _, inner = settings["optimizer"].rpartition("-")
+    make = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}[inner]
+    optimizer = make(settings["learning_rate"], global_clipnorm=CLIPNORM)
+    return Lookahead(optimizer, k=K, alpha=ALPHA) if wrapper else optimizer
+
+
+def measure(data: Data, settings: Settings) -> dict[str, Any]:
+    """Train once; return perplexities on validation and test reviews.
+
+    Lookahead is evaluated on its slow weights, on the test reviews on both.
+    """
+    scale = TextScale(**settings["scale"])
+    model = build_model(data.x_train.shape[1], scale)
+    model.compile(
+        optimizer=build_optimizer(settings),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    slow = [SlowWeights()] if isinstance(model.optimizer, Lookahead) else []
+    half = len(data.x_test) // 2
+    history = model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=scale.batch_size,
+        epochs=scale.epochs,
+        validation_data=(data.x_test[:half], data.y_test[:half]),
+        validation_batch_size=64,
+        callbacks=[*slow, Progress(settings["name"])],
+        verbose=0,
+    ).history
+
+    def test_perplexity(callbacks: list) -> float:
+        loss = model.evaluate(
+            data.x_test[half:],
+            data.y_test[half:],
+            batch_size=64,
+            verbose=0,
+            callbacks=callbacks,
+        )
+        return _perplexity(loss)
+
+    return {
+        "validation_perplexity": _perplexity(history["val_loss"][-1]),
+        "test_perplexity": test_perplexity(slow),
+        "test_perplexity_fast_weights": test_perplexity([]),
+        "epochs": [
+            {
+                "train_perplexity": _perplexity(loss),
+                "validation_perplexity": _perplexity(val),
+            }
+            for loss, val in zip(history["loss"], history["val_loss"], strict=True)
+        ],
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def run(
+    scale: TextScale, optimizer: str, learning_rate: float, seed: int
+) -> tuple[str, Settings]:
+    """Name a run and give its settings."""
+    return f"{optimizer}-rate{learning_rate:g}-seed{seed}", {
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "scale": asdict(scale),
+    }
+
+
+def tuning(scale: TextScale, optimizers: Sequence[str]) -> dict[str, Settings]:
+    """Every optimizer with every learning rate of its grid."""
+    return dict(
+        run(scale, optimizer, rate, TUNING_SEED)
+        for optimizer in optimizers
+        for rate in LEARNING_RATES[optimizer.rpartition("-")[2]]
+    )
+
+
+def comparison(
+    scale: TextScale,
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    records: Sequence[Record],
+) -> dict[str, Settings]:
+    """Every optimizer with its best learning rate, from every seed."""
+    return dict(
+        run(scale, optimizer, tuned_rate(records, optimizer), seed)
+        for seed in seeds
+        for optimizer in optimizers
+    )
+
+
+def tuned_rate(records: Sequence[Record], optimizer: str) -> float:
+    """The learning rate of the lowest validation perplexity in the tuning."""
+    perplexities = {
+        record["settings"]["learning_rate"]: record["results"]["validation_perplexity"]
+        for record in records
+        if record["settings"]["optimizer"] == optimizer
+        and record["settings"]["seed"] == TUNING_SEED
+    }
+    finite = {rate: value for rate, value in perplexities.items() if value is not None}
+    if not finite:
+        raise DataError(f"no run has tuned {optimizer} yet: run `tune` first")
+    return min(finite, key=finite.__getitem__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one half of the experiment; return the exit status."""
+    parser = argparse.ArgumentParser("language_model", description=__doc__)
+    parser.add_argument("experiment", choices=("tune", "compare"))
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
+        metavar="NAME",
+        help=f"any of {', '.join(OPTIMIZERS)} (default: all)",
+    )
+    add_options(parser, seeds=[1, 2], data="keras, or a path of an imdb.npz")
+    add_full_option(parser)
+    options = parser.parse_args(arguments)
+    scale = chosen_scale(options, SMALL, FULL)
+    runs: Mapping[str, Settings]
+    try:
+        if options.experiment == "tune":
+            runs = tuning(scale, options.optimizers)
+        else:
+            records = read(options.output)
+            runs = comparison(scale, options.optimizers, options.seeds, records)
+    except DataError as error:
+        parser.error(str(error))
+    return run_all(
+        "language_model",
+        runs,
+        lambda: load_data(options, scale.words),
+        measure,
+        options,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
