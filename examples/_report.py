@@ -138,8 +138,8 @@ def draw(
     # A bare Figure draws with Agg and needs neither pyplot nor a display.
     figure = Figure(figsize=(10, 5), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
-    _draw_measure(accuracy, "val_accuracy", "validation accuracy", runs, curves)
-    _draw_measure(loss, "val_loss", "validation loss", runs, curves)
+    draw_measure(accuracy, "val_accuracy", "validation accuracy", runs, curves)
+    draw_measure(loss, "val_loss", "validation loss", runs, curves)
     figure.suptitle(title, fontsize=11)
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(
@@ -160,13 +160,16 @@ def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _draw_measure(
+def draw_measure(
     axes: Axes, key: str, label: str, runs: Sequence[Run], curves: Mapping[str, Curve]
 ) -> None:
+    """Draw what each epoch measured: the mean over seeds, and thinly every seed."""
     for name, group in by_optimizer(runs).items():
         curve = curves[name]
         epochs = [epoch["epoch"] for epoch in group[0].epochs]
-        values = np.array([[epoch[key] for epoch in run.epochs] for run in group])
+        values = np.array(
+            [[epoch[key] for epoch in run.epochs] for run in group], dtype="float64"
+        )
         line = "--" if curve.dashed else "-"
         axes.plot(
             epochs,

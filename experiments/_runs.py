@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import keras
+import numpy as np
 
 from examples._compare import positive_int, seed_number
 from examples._data import Data, DataError, one_line
@@ -162,6 +163,11 @@ def read(folder: Path) -> list[Record]:
         json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.glob("*.json"))
     ]
+
+
+def copy_of(variable: keras.Variable) -> np.ndarray:
+    """Copy a variable to NumPy; what a backend gives may be a view of its memory."""
+    return np.array(keras.ops.convert_to_numpy(variable))
 
 
 class Progress(keras.callbacks.Callback):

@@ -25,6 +25,7 @@ from experiments._runs import (
     add_full_option,
     add_options,
     chosen_scale,
+    copy_of,
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
@@ -166,7 +167,7 @@ def measure_training(data: Data, settings: Settings) -> dict[str, Any]:
         "test": evaluate(data.x_test, data.y_test, slow),
         "test_fast_weights": evaluate(data.x_test, data.y_test, []),
         "epochs": [
-            {key: history[key][epoch] for key in history}
+            {"epoch": epoch + 1, **{key: history[key][epoch] for key in history}}
             for epoch in range(scale.epochs)
         ],
     }
@@ -204,14 +205,14 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
     cycles = []
     for _ in range(settings["cycles"]):
         evaluations = [evaluate()]
-        slow_weights = [np.array(weight) for weight in model.trainable_variables]
+        slow_weights = [copy_of(weight) for weight in model.trainable_variables]
         for _ in range(k - 1):
             update()
             evaluations.append(evaluate())
         update()
         # The k-th update comes with the sync, which has to be undone for a look at the
         # fast weights: synced = slow + alpha (fast - slow).
-        synced = [np.array(weight) for weight in model.trainable_variables]
+        synced = [copy_of(weight) for weight in model.trainable_variables]
         for weight, before, after in zip(
             model.trainable_variables, slow_weights, synced, strict=True
         ):

@@ -16,7 +16,7 @@ import numpy as np
 from examples._compare import EpochTimer
 from examples._data import Data
 from examples.imdb_lazy import __main__ as example
-from experiments._runs import Progress, Settings, add_options, run_all
+from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 
 OPTIMIZERS = tuple(example.CURVES)
 EPOCHS, BATCH_SIZE = 8, 32
@@ -31,11 +31,15 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, x: np.ndarray, y: np.ndarray, seed: int) -> None:
         super().__init__()
         self.x, self.y, self.seed = x, y, seed
-        self._reorder(epoch=0)
+        self.start(epoch=0)
 
-    def _reorder(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.x))
+    def start(self, epoch: int) -> None:
+        """Take an epoch's order; epochs count from 0.
+
+        Not left to `on_epoch_end`, which Keras also calls once before the first epoch.
+        """
+        random = np.random.default_rng([self.seed, epoch + 1])
+        self._order = random.permutation(len(self.x))
 
     def __len__(self) -> int:
         return -(-len(self.x) // BATCH_SIZE)
@@ -44,13 +48,9 @@ class Batches(keras.utils.PyDataset):
         chosen = self._order[index * BATCH_SIZE : (index + 1) * BATCH_SIZE]
         return self.x[chosen], self.y[chosen]
 
-    def on_epoch_end(self) -> None:
-        """Called by Keras after the epoch's last step."""
-        self._reorder(self._epoch + 1)
-
 
 class RowMovement(keras.callbacks.Callback):
-    """Measures how far a table's rows move in a step, sampled or not.
+    """Starts the epochs of `batches`; measures how far rows move, sampled or not.
 
     `epochs` gets a dict an epoch: the distance (Euclidean) that a row moved in a step,
     averaged over the rows that were sampled in it and over those that were not, and the
@@ -63,6 +63,7 @@ class RowMovement(keras.callbacks.Callback):
         self.epochs: list[dict[str, float]] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.batches.start(epoch)
         self._distance = {True: 0.0, False: 0.0}
         self._rows = {True: 0, False: 0}
 
@@ -93,8 +94,7 @@ class RowMovement(keras.callbacks.Callback):
         )
 
     def _table(self) -> np.ndarray:
-        # A copy: JAX's arrays are views of memory that the next step overwrites.
-        return np.array(self.model.layers[0].embeddings)
+        return copy_of(self.model.layers[0].embeddings)
 
 
 def measure(data: Data, settings: Settings) -> dict[str, Any]:

@@ -152,10 +152,13 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
         "test_perplexity_fast_weights": test_perplexity([]),
         "epochs": [
             {
+                "epoch": epoch,
                 "train_perplexity": _perplexity(loss),
-                "validation_perplexity": _perplexity(val),
+                "validation_perplexity": _perplexity(val_loss),
             }
-            for loss, val in zip(history["loss"], history["val_loss"], strict=True)
+            for epoch, (loss, val_loss) in enumerate(
+                zip(history["loss"], history["val_loss"], strict=True), 1
+            )
         ],
     }
 

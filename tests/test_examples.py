@@ -1,5 +1,4 @@
 import argparse
-import io
 import json
 import os
 import subprocess
@@ -16,11 +15,12 @@ import pytest
 for module in ("matplotlib", "rich", "PIL", "sklearn"):
     pytest.importorskip(module)
 
-from PIL import Image  # noqa: E402
 
 # The examples are run from the root of the repository and are not installed.
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from example_data import write_imdb, write_jpegs  # noqa: E402
 
 from examples import _data, _report  # noqa: E402
 from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
@@ -40,44 +40,6 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
-def write_imdb(path, train=40, test=12, **changes):
-    """Write a small file in the format of Keras's imdb.npz."""
-    random = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", train), ("test", test)):
-        reviews = np.empty(count, dtype=object)
-        # Shorter and longer than 80 words; ranks within the 20,000 words and beyond.
-        for index in range(count):
-            length = random.integers(1, 160)
-            reviews[index] = random.integers(1, 22_000, length).tolist()
-        arrays[f"x_{part}"] = reviews
-        arrays[f"y_{part}"] = random.integers(0, 2, count)
-    arrays.update(changes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return path
-
-
-def jpeg(shade, side=32):
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, 0, 255 - shade)).save(file, "JPEG")
-    return np.frombuffer(file.getvalue(), "uint8")
-
-
-def write_jpegs(path, train=40, test=20, side=32, **changes):
-    """Write plain pictures sorted by class, the shade of red telling the class."""
-    arrays = {}
-    for part, count in (("train", train), ("test", test)):
-        labels = np.sort(np.arange(count) % 10).astype("uint8")
-        files = [jpeg(25 * int(label), side) for label in labels]
-        arrays[f"{part}_jpeg"] = np.concatenate(files)
-        arrays[f"{part}_size"] = np.array([len(file) for file in files], "int32")
-        arrays[f"{part}_label"] = labels
-    arrays.update(changes)
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return path
 
 
 def options(source):

@@ -1,0 +1,519 @@
+"""Draw the pictures of docs/results.md and write its tables, from the runs' files.
+
+`python -m experiments.report` reads `experiments/results`; `--check` says whether the
+tables of the page are those that the files give.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples._report import BLACK, BLUE, ORANGE, Curve, Run, draw_measure
+from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
+from experiments import cifar, language_model
+from experiments._runs import RESULTS, Record, read
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "results.md"
+IMAGES = DOCS / "images"
+
+Table = list[list[str]]  # the heading and the rows
+
+LANGUAGE_CURVES = {
+    "adam": Curve("Adam", BLUE),
+    "lookahead-adam": Curve("Lookahead(Adam)", BLUE, dashed=True),
+    "sgd": Curve("SGD", ORANGE),
+    "lookahead-sgd": Curve("Lookahead(SGD)", ORANGE, dashed=True),
+}
+SWEEP_CURVES = {
+    None: Curve("SGD", ORANGE),
+    cifar.K: Curve(f"Lookahead(SGD), k={cifar.K}, alpha={cifar.ALPHA}", BLUE, True),
+}
+
+
+# IMDB
+
+
+def imdb_table(records: Sequence[Record]) -> Table:
+    """Best validation accuracy of every seed, and what goes with it."""
+    groups = _group(records, "optimizer", IMDB_CURVES)
+    adam = _by_seed(groups["adam"], "best_val_accuracy")
+    table = [
+        [
+            "optimizer",
+            "best validation accuracy, %",
+            "each seed",
+            "above Adam, same seeds",
+            "last epoch, %",
+            "train loss, last epoch",
+            "movement that was of rows not sampled",
+        ]
+    ]
+    for optimizer, group in groups.items():
+        accuracy = _by_seed(group, "best_val_accuracy")
+        above = [
+            100 * (accuracy[seed] - adam[seed]) for seed in accuracy if seed in adam
+        ]
+        runs = [record["results"]["epochs"] for record in group]
+        ends = [epochs[-1] for epochs in runs]
+        shares = [epoch["share_not_sampled"] for epochs in runs for epoch in epochs]
+        table.append(
+            [
+                IMDB_CURVES[optimizer].label,
+                f"{100 * statistics.mean(accuracy.values()):.2f}",
+                ", ".join(f"{100 * value:.2f}" for value in accuracy.values()),
+                "" if optimizer == "adam" else f"{statistics.mean(above):+.2f}",
+                f"{100 * statistics.mean(end['val_accuracy'] for end in ends):.2f}",
+                f"{statistics.mean(end['loss'] for end in ends):.3f}",
+                f"{100 * statistics.mean(shares):.0f} %",
+            ]
+        )
+    return table
+
+
+def draw_imdb(records: Sequence[Record]) -> Figure:
+    """Accuracy, losses and the movement of rows over the epochs."""
+    runs = [
+        Run(record["settings"]["optimizer"], record["settings"]["seed"], epochs)
+        for group in _group(records, "optimizer", IMDB_CURVES).values()
+        for record in group
+        for epochs in [record["results"]["epochs"]]
+    ]
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (accuracy, train_loss), (against, moved) = figure.subplots(2, 2)
+    draw_measure(accuracy, "val_accuracy", "validation accuracy", runs, IMDB_CURVES)
+    draw_measure(train_loss, "loss", "train loss", runs, IMDB_CURVES)
+    label = "distance a row not sampled moves in a step"
+    draw_measure(moved, "moved_if_not_sampled", label, runs, IMDB_CURVES)
+    for run in runs:
+        curve = IMDB_CURVES[run.optimizer]
+        against.plot(
+            [epoch["loss"] for epoch in run.epochs],
+            [epoch["val_accuracy"] for epoch in run.epochs],
+            "--" if curve.dashed else "-",
+            color=curve.color,
+            marker="o",
+            markersize=3,
+            linewidth=0.7,
+        )
+    _style(against, "train loss", "validation accuracy")
+    against.invert_xaxis()
+    _legend(figure, accuracy)
+    return figure
+
+
+# CIFAR-10
+
+
+def sweep_table(records: Sequence[Record]) -> Table:
+    """Means over seeds for every learning rate and momentum."""
+    table = [["learning rate", "momentum"]]
+    for measure in ("train loss", "test accuracy, %"):
+        table[0] += [f"{measure}: SGD", "Lookahead"]
+    points = {
+        (record["settings"]["learning_rate"], record["settings"]["momentum"])
+        for record in _trainings(records)
+    }
+    for rate, momentum in sorted(points):
+        both = [
+            _trainings(records, learning_rate=rate, momentum=momentum, k=k)
+            for k in SWEEP_CURVES
+        ]
+        table.append(
+            [f"{rate:g}", f"{momentum:g}"]
+            + [_mean(group, "train", "loss", "{:.3f}") for group in both]
+            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in both]
+        )
+    return table
+
+
+def draw_sweep(records: Sequence[Record]) -> Figure:
+    """Final train loss and test accuracy over the learning rate and the momentum."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    columns = (
+        ("learning_rate", {"momentum": cifar.MOMENTUM}, "learning rate"),
+        ("momentum", {"learning_rate": cifar.LEARNING_RATE}, "momentum"),
+    )
+    rows = (
+        ("train", "loss", "final train loss"),
+        ("test", "accuracy", "test accuracy"),
+    )
+    for row, (part, measure, label) in zip(figure.subplots(2, 2), rows, strict=True):
+        for axes, (swept, fixed, swept_label) in zip(row, columns, strict=True):
+            for k, curve in SWEEP_CURVES.items():
+                group = _trainings(records, k=k, **fixed)
+                values = sorted({record["settings"][swept] for record in group})
+                positions = values if swept == "learning_rate" else range(len(values))
+                _plot_seeds(axes, positions, group, swept, values, part, measure, curve)
+            fixed_label = ", ".join(
+                f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()
+            )
+            _style(axes, f"{swept_label} ({fixed_label})", label)
+            if swept == "learning_rate":
+                axes.set_xscale("log")
+            else:
+                axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    _legend(figure, axes)
+    return figure
+
+
+def k_alpha_table(records: Sequence[Record]) -> Table:
+    """Means over seeds for every k and alpha."""
+    table = [["k"]]
+    for measure in ("train loss", "test accuracy, %"):
+        table[0] += [f"{measure}: alpha {alpha:g}" for alpha in cifar.ALPHAS]
+    fixed = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
+    for k in cifar.KS:
+        groups = [
+            _trainings(records, k=k, alpha=alpha, **fixed) for alpha in cifar.ALPHAS
+        ]
+        table.append(
+            [str(k)]
+            + [_mean(group, "train", "loss", "{:.3f}") for group in groups]
+            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in groups]
+        )
+    sgd = _trainings(records, k=None, **fixed)
+    loss = _mean(sgd, "train", "loss", "{:.3f}")
+    accuracy = _mean(sgd, "test", "accuracy", "{:.2f}", 100)
+    table.append(["without Lookahead", loss, "", "", accuracy, "", ""])
+    return table
+
+
+def draw_k_alpha(records: Sequence[Record]) -> Figure:
+    """Final train loss and test accuracy over k, a line an alpha."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    fixed = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
+    rows = (
+        ("train", "loss", "final train loss"),
+        ("test", "accuracy", "test accuracy"),
+    )
+    for axes, (part, measure, label) in zip(figure.subplots(1, 2), rows, strict=True):
+        for alpha, color in zip(cifar.ALPHAS, (ORANGE, BLACK, BLUE), strict=True):
+            group = _trainings(records, alpha=alpha, **fixed)
+            curve = Curve(f"alpha {alpha:g}", color)
+            ks, positions = list(cifar.KS), range(len(cifar.KS))
+            _plot_seeds(axes, positions, group, "k", ks, part, measure, curve)
+        sgd = [
+            record["results"][part][measure]
+            for record in _trainings(records, k=None, **fixed)
+        ]
+        axes.axhline(statistics.mean(sgd), color="#888888", ls=":", label="SGD alone")
+        axes.set_xticks(positions, [str(k) for k in ks])
+        _style(axes, "k", label)
+    _legend(figure, axes)
+    return figure
+
+
+def updates_table(records: Sequence[Record]) -> Table:
+    """Mean changes by one fast update and by one sync, with confidence intervals."""
+    table = [
+        [
+            "after epoch",
+            "learning rate",
+            "cycles",
+            "accuracy, a fast update",
+            "accuracy, a sync",
+            "loss, a fast update",
+            "loss, a sync",
+        ]
+    ]
+    for (epoch, rate), group in _windows(records).items():
+        row = [str(epoch), f"{rate:.2g}", str(len(_cycles(group, "loss")))]
+        for measure, factor, unit in (
+            ("accuracy", 100, "{:+.3f}"),
+            ("loss", 1, "{:+.5f}"),
+        ):
+            for change in changes(_cycles(group, measure)):
+                mean, margin = (factor * value for value in interval(change))
+                row.append(f"{unit.format(mean)} ± {unit.format(margin)[1:]}")
+        table.append(row)
+    return table
+
+
+def changes(cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each cycle's mean change by a fast update, and its change by the sync.
+
+    Parameters
+    ----------
+    cycles : array, (cycles, k + 2)
+        What was measured at the start, after each fast update and after the sync.
+    """
+    k = cycles.shape[1] - 2
+    return (cycles[:, k] - cycles[:, 0]) / k, cycles[:, k + 1] - cycles[:, k]
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % confidence interval (normal)."""
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), statistics.NormalDist().inv_cdf(0.975) * float(error)
+
+
+def draw_updates(records: Sequence[Record]) -> Figure:
+    """Test accuracy over the first sixty updates of a window, and over a cycle."""
+    windows = _windows(records)
+    figure = Figure(figsize=(11, 3.4 * len(windows)), layout="constrained")
+    rows = figure.subplots(len(windows), 2, squeeze=False, width_ratios=(2, 1))
+    for (trace, cycle), ((epoch, rate), group) in zip(
+        rows, windows.items(), strict=True
+    ):
+        first = 100 * _cycles(group[:1], "accuracy")[: 60 // cifar.K]
+        k = first.shape[1] - 2
+        for number, values in enumerate(first):
+            updates = number * k + np.arange(k + 1)
+            trace.plot(updates, values[:-1], color=ORANGE, marker="o", markersize=2.5)
+            trace.plot(updates[[-1, -1]], values[-2:], color=BLUE)
+            trace.plot(updates[-1], values[-1], color=BLUE, marker="o", markersize=5)
+        _style(trace, f"updates after epoch {epoch}, learning rate {rate:.2g}", "")
+        trace.set_ylabel("test accuracy, %")
+        all_cycles = 100 * _cycles(group, "accuracy")
+        means, margins = zip(
+            *(interval(column) for column in (all_cycles - all_cycles[:, :1]).T[1:]),
+            strict=True,
+        )
+        x = np.arange(1, k + 2)
+        cycle.axhline(0, color="#888888", ls=":")
+        cycle.errorbar(
+            x[:-1], means[:-1], margins[:-1], color=ORANGE, fmt="o", capsize=3
+        )
+        cycle.errorbar(x[-1:], means[-1:], margins[-1:], color=BLUE, fmt="o", capsize=3)
+        cycle.set_xticks(x, [*map(str, x[:-1]), "sync"])
+        _style(cycle, "fast updates since the last sync", "change since it")
+    return figure
+
+
+# Language model
+
+
+def language_model_table(records: Sequence[Record]) -> Table:
+    """Tuned learning rates, and test perplexities of the other seeds."""
+    table = [
+        [
+            "optimizer",
+            "tuned learning rate",
+            "validation perplexity in the tuning",
+            "test perplexity",
+            "each seed",
+            "on the fast weights",
+        ]
+    ]
+    for optimizer, group in _group(records, "optimizer", LANGUAGE_CURVES).items():
+        rate = language_model.tuned_rate(records, optimizer)
+        seed = language_model.TUNING_SEED
+        at_rate = [r for r in group if r["settings"]["learning_rate"] == rate]
+        tuned = [r for r in at_rate if r["settings"]["seed"] == seed]
+        compared = [r for r in at_rate if r["settings"]["seed"] != seed]
+        tests = [record["results"]["test_perplexity"] for record in compared]
+        fast = [
+            record["results"]["test_perplexity_fast_weights"] for record in compared
+        ]
+        table.append(
+            [
+                LANGUAGE_CURVES[optimizer].label,
+                f"{rate:g}",
+                f"{tuned[0]['results']['validation_perplexity']:.1f}",
+                f"{statistics.mean(tests):.1f}",
+                ", ".join(f"{value:.1f}" for value in tests),
+                f"{statistics.mean(fast):.1f}" if "lookahead" in optimizer else "",
+            ]
+        )
+    return table
+
+
+def draw_language_model(records: Sequence[Record]) -> Figure:
+    """Validation perplexity over the learning rate, and over epochs when tuned."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    adam, sgd, epochs = figure.subplots(1, 3)
+    seed = language_model.TUNING_SEED
+    runs = []
+    for optimizer, group in _group(records, "optimizer", LANGUAGE_CURVES).items():
+        curve = LANGUAGE_CURVES[optimizer]
+        rate = language_model.tuned_rate(records, optimizer)
+        tuning = {
+            record["settings"]["learning_rate"]: record["results"]
+            for record in group
+            if record["settings"]["seed"] == seed
+        }
+        rates = sorted(tuning)
+        axes = sgd if "sgd" in optimizer else adam
+        perplexities = [tuning[each]["validation_perplexity"] for each in rates]
+        _plot(axes, rates, [[p or np.nan] for p in perplexities], curve)
+        axes.set_xscale("log")
+        runs += [
+            Run(optimizer, record["settings"]["seed"], record["results"]["epochs"])
+            for record in group
+            if record["settings"]["learning_rate"] == rate
+            and record["settings"]["seed"] != seed
+        ]
+    for axes in (adam, sgd):
+        _style(axes, "learning rate", "validation perplexity")
+    label = "validation perplexity at the tuned rate"
+    draw_measure(epochs, "validation_perplexity", label, runs, LANGUAGE_CURVES)
+    _legend(figure, epochs)
+    return figure
+
+
+# What goes where: the folder of the records, the table's maker, the picture's.
+PARTS: dict[
+    str,
+    tuple[
+        str, Callable[[Sequence[Record]], Table], Callable[[Sequence[Record]], Figure]
+    ],
+] = {
+    "imdb": ("imdb", imdb_table, draw_imdb),
+    "cifar_sweep": ("cifar", sweep_table, draw_sweep),
+    "cifar_k_alpha": ("cifar", k_alpha_table, draw_k_alpha),
+    "cifar_updates": ("cifar", updates_table, draw_updates),
+    "language_model": ("language_model", language_model_table, draw_language_model),
+}
+
+
+def with_tables(page: str) -> str:
+    """Put the table of each part between its marks in the page."""
+    for part, (folder, make_table, _) in PARTS.items():
+        heading, *rows = make_table(read(RESULTS / folder))
+        lines = [heading, ["---"] * len(heading), *rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        marks = re.compile(f"(<!-- table: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = marks.sub(rf"\g<1>{table}\n\g<2>", page)
+    return page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw and write, or check; return the exit status."""
+    parser = argparse.ArgumentParser("report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    page = PAGE.read_text(encoding="utf-8")
+    written = with_tables(page)
+    if options.check:
+        print("as the files have it" if page == written else "not as the files have it")
+        return int(page != written)
+    PAGE.write_text(written, encoding="utf-8")
+    IMAGES.mkdir(exist_ok=True)
+    for part, (folder, _, draw) in PARTS.items():
+        path = IMAGES / f"{part}.png"
+        draw(read(RESULTS / folder)).savefig(path, dpi=120)
+        print(path.relative_to(DOCS.parent))
+    return 0
+
+
+def _group(
+    records: Iterable[Record], setting: str, order: Iterable[str]
+) -> dict[str, list[Record]]:
+    """Group records by a setting, in the given order; leave out empty groups."""
+    records = list(records)
+    groups = {
+        value: [record for record in records if record["settings"][setting] == value]
+        for value in order
+    }
+    return {value: group for value, group in groups.items() if group}
+
+
+def _trainings(records: Iterable[Record], **settings: Any) -> list[Record]:
+    """Select the runs of whole trainings with such settings."""
+    return [
+        record
+        for record in records
+        if "test" in record["results"]
+        and all(record["settings"][name] == value for name, value in settings.items())
+    ]
+
+
+def _windows(records: Iterable[Record]) -> dict[tuple[int, float], list[Record]]:
+    groups: dict[tuple[int, float], list[Record]] = {}
+    for record in records:
+        if "cycles" in record["results"]:
+            start = record["settings"]["start_epoch"]
+            rate = record["results"]["learning_rate"]
+            groups.setdefault((start, rate), []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def _cycles(records: Iterable[Record], measure: str) -> np.ndarray:
+    return np.array(
+        [cycle[measure] for record in records for cycle in record["results"]["cycles"]]
+    )
+
+
+def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
+    return {
+        record["settings"]["seed"]: record["results"][measure] for record in records
+    }
+
+
+def _mean(
+    records: Iterable[Record], part: str, measure: str, form: str, factor: float = 1
+) -> str:
+    values = [record["results"][part][measure] for record in records]
+    if not values:
+        return ""
+    if None in values:
+        return "diverged"
+    return form.format(factor * statistics.mean(values))
+
+
+def _plot_seeds(
+    axes: Axes,
+    positions: Sequence[float],
+    records: Sequence[Record],
+    swept: str,
+    values: Sequence[Any],
+    part: str,
+    measure: str,
+    curve: Curve,
+) -> None:
+    """Plot what every value of a swept setting gave, all seeds and their mean."""
+    seeds = [
+        [
+            np.nan if (result := record["results"][part][measure]) is None else result
+            for record in records
+            if record["settings"][swept] == value
+        ]
+        for value in values
+    ]
+    _plot(axes, positions, seeds, curve)
+
+
+def _plot(
+    axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], curve: Curve
+) -> None:
+    """Plot a line through the means over seeds, and a dot for every seed."""
+    axes.plot(
+        x,
+        [np.mean(values) for values in seeds],
+        "--" if curve.dashed else "-",
+        color=curve.color,
+        label=curve.label,
+        linewidth=2,
+    )
+    for position, values in zip(x, seeds, strict=True):
+        axes.plot(
+            [position] * len(values), values, "o", color=curve.color, markersize=4
+        )
+
+
+def _style(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""The experiments measure what they say; their runs' files give the results page."""
+
+import dataclasses
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+for module in ("matplotlib", "rich", "PIL", "sklearn"):
+    pytest.importorskip(module)
+
+# The experiments are run from the root of the repository and are not installed.
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from example_data import write_imdb, write_jpegs  # noqa: E402
+
+from examples._data import Data, DataError  # noqa: E402
+from examples.cifar_lookahead import data as cifar_data  # noqa: E402
+from examples.imdb_lazy import __main__ as imdb_example  # noqa: E402
+from examples.imdb_lazy import data as imdb_data  # noqa: E402
+from experiments import _runs, cifar, imdb, language_model, report  # noqa: E402
+
+TINY = cifar.PictureScale(
+    filters=[4, 8],
+    blocks=1,
+    first_stride=2,
+    augment=False,
+    weight_decay=0.0,
+    epochs=2,
+    batch_size=8,
+)
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# Runs
+
+
+def squared(data, settings):
+    """Stand for a measurement, in another process."""
+    if settings["seed"] == 13:
+        raise RuntimeError("an unlucky seed")
+    return {"squared": settings["seed"] ** 2, "nan": float("nan")}
+
+
+def run_squares(folder, *seeds, **settings):
+    data = Data("numbers", *[np.zeros(3)] * 4, epochs=1)
+    runs = {f"seed{seed}": {"seed": seed, **settings} for seed in seeds}
+    options = Namespace(output=folder, jobs=2)
+    return _runs.run_all("squares", runs, lambda: data, squared, options)
+
+
+def test_runs_are_made_once_and_side_by_side(tmp_path, capsys):
+    assert run_squares(tmp_path, 2, 3) == 0
+    record = read(tmp_path, "seed3")
+    assert record["results"] == {"squared": 9, "nan": None}
+    assert record["settings"] == {"seed": 3}
+    assert record["data"] == {
+        "source": "numbers",
+        "train_samples": 3,
+        "test_samples": 3,
+    }
+    environment = record["environment"]
+    assert environment["backend"] == keras.backend.backend()
+    assert environment["keras"] == keras.__version__
+    assert environment["processor"]
+
+    before = (tmp_path / "seed2.json").stat().st_mtime_ns
+    assert run_squares(tmp_path, 2) == 0
+    assert "seed2: there already" in capsys.readouterr().out
+    assert (tmp_path / "seed2.json").stat().st_mtime_ns == before
+
+    # What was asked for is not what is there.
+    assert run_squares(tmp_path, 2, epochs=7) == 2
+    message = "other settings (epochs); choose another --output or remove it"
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
+    assert run_squares(tmp_path, 13, 4) == 1
+    assert "seed13: failed: RuntimeError('an unlucky seed')" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["seed4.json"]
+
+
+def test_options_change_the_scale():
+    options = Namespace(full=False, epochs=3, train_samples=None, test_samples=20)
+    scale = _runs.chosen_scale(options, cifar.SMALL, cifar.FULL)
+    assert (scale.epochs, scale.test_samples) == (3, 20)
+    assert scale.train_samples == options.train_samples == cifar.SMALL.train_samples
+    assert scale.filters == cifar.SMALL.filters
+
+
+# IMDB
+
+
+def tiny_language_model(optimizer):
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(60, 4),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.build((None, 5))
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+def test_movement_of_rows_is_that_of_single_steps(monkeypatch):
+    monkeypatch.setattr(imdb, "PROBE_EVERY", 2)
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 60, (200, 5)), random.normal(size=200)
+    batches = imdb.Batches(x, y, seed=0)
+    movement = imdb.RowMovement(batches)
+    model = tiny_language_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    model.fit(batches, epochs=2, shuffle=False, callbacks=[movement], verbose=0)
+
+    model = tiny_language_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    batches = imdb.Batches(x, y, seed=0)
+    for epoch in range(2):
+        batches.start(epoch)
+        distances = {True: [], False: []}
+        for index in range(7):
+            tokens, values = batches[index]
+            before = model.get_weights()[0]
+            model.train_on_batch(tokens, values)
+            after = model.get_weights()[0]
+            for row in range(60) if index % 2 == 0 else ():
+                distance = np.sqrt(np.sum((after[row] - before[row]) ** 2))
+                distances[row in tokens].append(distance)
+        assert movement.epochs[epoch] == pytest.approx(
+            {
+                "moved_if_sampled": np.mean(distances[True]),
+                "moved_if_not_sampled": np.mean(distances[False]),
+                "share_not_sampled": sum(distances[False])
+                / sum(distances[True] + distances[False]),
+            },
+            rel=1e-3,
+        )
+    assert movement.epochs[1]["share_not_sampled"] > 0.05
+
+
+def test_lazy_rows_do_not_move_unless_sampled(tmp_path):
+    data = imdb_data.from_path(write_imdb(tmp_path / "imdb.npz", train=300))
+    settings = {"name": "", "optimizer": "lazy-decay", "seed": 5, "epochs": 1}
+    results = imdb.measure(data, settings)
+    (epoch,) = results["epochs"]
+    assert epoch["moved_if_sampled"] > 0
+    assert epoch["moved_if_not_sampled"] == epoch["share_not_sampled"] == 0
+    assert results["best_val_accuracy"] == epoch["val_accuracy"]
+
+
+def test_batches_come_in_the_order_that_is_measured():
+    x = np.arange(70)[:, None]
+    batches = imdb.Batches(x, x[:, 0], seed=1)
+    epochs = []
+    for epoch in range(2):
+        batches.start(epoch)
+        drawn = [batches[index] for index in range(len(batches))]
+        assert all((tokens[:, 0] == labels).all() for tokens, labels in drawn)
+        epochs.append(np.concatenate([labels for _, labels in drawn]))
+        assert sorted(epochs[-1]) == list(range(70))
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_imdb_command(tmp_path):
+    arguments = ["--data", str(write_imdb(tmp_path / "imdb.npz")), "--epochs", "1"]
+    arguments += ["--optimizers", "lookahead-lazy", "--seeds", "4"]
+    assert imdb.main([*arguments, "--output", str(tmp_path / "runs")]) == 0
+    record = read(tmp_path / "runs", "lookahead-lazy-seed4")
+    assert len(record["results"]["epochs"]) == 1
+
+
+# CIFAR-10
+
+
+def pictures(tmp_path, train=80):
+    return cifar_data.from_path(write_jpegs(tmp_path / "jpeg.npz", train=train))
+
+
+def test_updates_are_evaluated_before_and_after_a_sync(tmp_path):
+    data = pictures(tmp_path)
+    _, settings = cifar.training(TINY, seed=0, learning_rate=0.05)
+    settings |= {"name": "", "start_epoch": 0, "cycles": 2}
+    first, second = cifar.measure_updates(data, settings)["cycles"]
+    assert len(first["loss"]) == len(first["accuracy"]) == cifar.K + 2
+    assert second["loss"][0] == pytest.approx(first["loss"][-1], rel=1e-5)
+
+    # Up to the sync Lookahead is SGD; the sync goes half the way back.
+    keras.utils.set_random_seed(0)
+    model = cifar.build_model(data.x_train.shape[1:], TINY)
+    model.set_weights(initial_weights(data, settings))
+    model.compile(
+        keras.optimizers.SGD(0.05, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    start = [np.array(weight) for weight in model.trainable_variables]
+    losses = [model.evaluate(data.x_test, data.y_test, verbose=0)]
+    batches = cifar._batches(data, TINY.batch_size, seed=0)
+    for _ in range(cifar.K):
+        model.train_on_batch(*next(batches))
+        losses.append(model.evaluate(data.x_test, data.y_test, verbose=0))
+    for weight, before in zip(model.trainable_variables, start, strict=True):
+        weight.assign((before + np.array(weight)) / 2)
+    losses.append(model.evaluate(data.x_test, data.y_test, verbose=0))
+    np.testing.assert_allclose(first["loss"], losses, rtol=1e-4)
+    assert np.ptp(losses) > 1e-3
+
+
+def initial_weights(data, settings):
+    """Return the weights that `measure_updates` starts with."""
+    keras.utils.set_random_seed(settings["seed"])
+    return cifar.compile_model(data, settings).get_weights()
+
+
+def test_the_learning_rate_falls_as_in_the_paper(tmp_path):
+    data = pictures(tmp_path)
+    _, settings = cifar.training(TINY, seed=0)
+    schedule = cifar.compile_model(data, settings).optimizer.inner_optimizer
+    rate = schedule.get_config()["learning_rate"]["config"]
+    assert rate["boundaries"] == [6, 12, 16]  # of 20 steps
+    np.testing.assert_allclose(rate["values"], [0.1, 0.02, 0.004, 0.0008])
+
+
+def test_residual_network_of_the_paper():
+    model = cifar.build_model((32, 32, 3), cifar.FULL)
+    # ResNet-18 with a 3 x 3 first convolution and 10 classes, as in He et al.
+    assert sum(int(np.prod(w.shape)) for w in model.trainable_variables) == 11_173_962
+
+
+def test_cifar_command(tmp_path, monkeypatch):
+    augmented = dataclasses.replace(TINY, augment=True, weight_decay=1e-3)
+    monkeypatch.setattr(cifar, "SMALL", augmented)
+    monkeypatch.setattr(cifar, "LEARNING_RATES", (0.1,))
+    monkeypatch.setattr(cifar, "MOMENTA", (0.9,))
+    arguments = ["sweep", "--data", str(write_jpegs(tmp_path / "jpeg.npz"))]
+    arguments += ["--epochs", "1", "--train-samples", "8", "--seeds", "2"]
+    arguments += ["--output", str(tmp_path / "runs")]
+    assert cifar.main(arguments) == 0
+    with_lookahead = read(tmp_path / "runs", "k5-alpha0.5-rate0.1-momentum0.9-seed2")
+    results = with_lookahead["results"]
+    assert np.isfinite([results["train"]["loss"], results["test"]["loss"]]).all()
+    # One update, no sync: the slow weights are the initial ones.
+    assert results["test"] != results["test_fast_weights"]
+    alone = read(tmp_path / "runs", "sgd-rate0.1-momentum0.9-seed2")["results"]
+    assert alone["test"] == alone["test_fast_weights"]
+    assert alone["test_fast_weights"]["loss"] == pytest.approx(
+        results["test_fast_weights"]["loss"], rel=1e-4
+    )
+
+
+# Language model
+
+
+def test_language_data_are_next_words(tmp_path):
+    source = str(write_imdb(tmp_path / "imdb.npz"))
+    options = Namespace(data=source, train_samples=None, test_samples=None)
+    reviews = imdb_example.load_data(options).x_train
+    data = language_model.load_data(options, words=500)
+    whole = [review for review in reviews if (review != 0).all()]
+    assert len(data.x_train) == len(whole) < len(reviews)
+    np.testing.assert_array_equal(data.x_train[:, 1:], data.y_train[:, :-1])
+    known = [[word if word < 500 else 2 for word in review] for review in whole]
+    np.testing.assert_array_equal(data.y_train, np.array(known)[:, 1:])
+
+
+def test_language_model_of_the_full_scale():
+    model = language_model.build_model(79, language_model.FULL)
+    assert model.output_shape == (None, 79, 20_000)
+
+
+def test_tuning_then_comparing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language_model, "LEARNING_RATES", {"sgd": (1.0,)})
+    source = str(write_imdb(tmp_path / "imdb.npz"))
+    arguments = ["--data", source, "--optimizers", "lookahead-sgd", "--epochs", "1"]
+    arguments += ["--output", str(tmp_path / "runs"), "--seeds", "1"]
+    with pytest.raises(SystemExit):
+        language_model.main(["compare", *arguments])
+    assert "no run has tuned lookahead-sgd yet" in capsys.readouterr().err
+    assert language_model.main(["tune", *arguments]) == 0
+    assert language_model.main(["compare", *arguments]) == 0
+    name = "lookahead-sgd-rate1-seed1"
+    results = read(tmp_path / "runs", name)["results"]
+    assert 1 < results["test_perplexity"] < 5_500
+
+
+def test_the_tuned_rate_is_that_of_the_lowest_validation_perplexity():
+    records = [
+        {
+            "settings": {"optimizer": "adam", "learning_rate": rate, "seed": seed},
+            "results": {"validation_perplexity": perplexity},
+        }
+        for rate, seed, perplexity in [
+            (1.0, 0, None),  # diverged
+            (0.1, 0, 90.0),
+            (0.01, 0, 80.0),
+            (0.001, 1, 70.0),  # not of the tuning
+        ]
+    ]
+    assert language_model.tuned_rate(records, "adam") == 0.01
+    with pytest.raises(DataError, match="no run has tuned sgd"):
+        language_model.tuned_rate(records, "sgd")
+
+
+# Report
+
+
+def test_changes_by_a_fast_update_and_by_a_sync():
+    cycles = np.array([[10.0, 9.0, 8.0, 12.0], [12.0, 12.5, 13.0, 13.5]])
+    fast, sync = report.changes(cycles)
+    np.testing.assert_allclose(fast, [-1.0, 0.5])
+    np.testing.assert_allclose(sync, [4.0, 0.5])
+    mean, margin = report.interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert mean == 2.5
+    assert margin == pytest.approx(1.959964 * (5 / 3) ** 0.5 / 2, rel=1e-6)
+
+
+def test_tables_of_the_page_are_those_of_the_runs():
+    """`python -m experiments.report` brings the page up to date."""
+    assert report.main(["--check"]) == 0
+
+
+def test_every_run_was_recorded_with_what_it_depends_on():
+    records = [
+        record for folder in report.RESULTS.iterdir() for record in _runs.read(folder)
+    ]
+    assert records
+    for record in records:
+        assert {"seed"} <= record["settings"].keys()
+        assert {"keras", "backend", "backend_version", "processor", "device"} <= (
+            record["environment"].keys()
+        )
