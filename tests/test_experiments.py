@@ -23,7 +23,14 @@ from examples._data import Data, DataError  # noqa: E402
 from examples.cifar_lookahead import data as cifar_data  # noqa: E402
 from examples.imdb_lazy import __main__ as imdb_example  # noqa: E402
 from examples.imdb_lazy import data as imdb_data  # noqa: E402
-from experiments import _runs, cifar, imdb, language_model, report  # noqa: E402
+from experiments import (  # noqa: E402
+    _runs,
+    cifar,
+    compare,
+    imdb,
+    language_model,
+    report,
+)
 
 TINY = cifar.PictureScale(
     filters=[4, 8],
@@ -338,3 +345,21 @@ def test_every_run_was_recorded_with_what_it_depends_on():
         assert {"keras", "backend", "backend_version", "processor", "device"} <= (
             record["environment"].keys()
         )
+
+
+# Compare
+
+
+def test_runs_made_again_are_compared(tmp_path, monkeypatch, capsys):
+    committed, again = tmp_path / "results", tmp_path / "again"
+    monkeypatch.setattr(compare, "RESULTS", committed)
+    for folder in (committed / "squares", again):
+        assert run_squares(folder, 2, 3) == 0
+    changed = read(again, "seed3")
+    assert compare.main([str(again)]) == 0
+    changed["results"]["squared"] = 8
+    (again / "seed3.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    assert compare.main([str(again)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["seed2: equal", "seed3: squared is 8, was 9"]
