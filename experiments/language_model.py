@@ -63,8 +63,8 @@ SMALL = TextScale(
     dropout=0.0,
     epochs=3,
     batch_size=16,
-    train_samples=8_000,
-    test_samples=4_000,
+    train_samples=6_000,
+    test_samples=3_000,
 )
 FULL = TextScale(
     words=20_000,
