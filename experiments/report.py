@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/results.md and write its tables, from the runs' files.
+"""Draw the pictures of docs/results.md and write the pages' tables, from the runs.
 
 `python -m experiments.report` reads `experiments/results`; `--check` says whether the
-tables of the page are those that the files give.
+tables of the pages are those that the runs give.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from experiments import cifar, language_model
 from experiments._runs import RESULTS, Record, read
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "results.md"
+PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
 IMAGES = DOCS / "images"
 
 Table = list[list[str]]  # the heading and the rows
@@ -54,7 +54,9 @@ def imdb_table(records: Sequence[Record]) -> Table:
             "above Adam, same seeds",
             "last epoch, %",
             "train loss, last epoch",
-            "movement that was of rows not sampled",
+            "a sampled row moves in a step, 1e-3",
+            "another row, 1e-3",
+            "share of all movement",
         ]
     ]
     for optimizer, group in groups.items():
@@ -64,7 +66,14 @@ def imdb_table(records: Sequence[Record]) -> Table:
         ]
         runs = [record["results"]["epochs"] for record in group]
         ends = [epochs[-1] for epochs in runs]
-        shares = [epoch["share_not_sampled"] for epochs in runs for epoch in epochs]
+        movement = [
+            statistics.mean(epoch[measure] for epochs in runs for epoch in epochs)
+            for measure in (
+                "moved_if_sampled",
+                "moved_if_not_sampled",
+                "share_not_sampled",
+            )
+        ]
         table.append(
             [
                 IMDB_CURVES[optimizer].label,
@@ -73,10 +82,17 @@ def imdb_table(records: Sequence[Record]) -> Table:
                 "" if optimizer == "adam" else f"{statistics.mean(above):+.2f}",
                 f"{100 * statistics.mean(end['val_accuracy'] for end in ends):.2f}",
                 f"{statistics.mean(end['loss'] for end in ends):.3f}",
-                f"{100 * statistics.mean(shares):.0f} %",
+                *(f"{1000 * distance:.2f}" for distance in movement[:2]),
+                f"{100 * movement[2]:.0f} %",
             ]
         )
     return table
+
+
+def imdb_short_table(records: Sequence[Record]) -> Table:
+    """What a reader in a hurry wants to know."""
+    heading, *rows = imdb_table(records)
+    return [[*heading[:2], heading[3]], *([*row[:2], row[3]] for row in rows)]
 
 
 def draw_imdb(records: Sequence[Record]) -> Figure:
@@ -360,29 +376,33 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
     return figure
 
 
-# What goes where: the folder of the records, the table's maker, the picture's.
-PARTS: dict[
-    str,
-    tuple[
-        str, Callable[[Sequence[Record]], Table], Callable[[Sequence[Record]], Figure]
-    ],
-] = {
-    "imdb": ("imdb", imdb_table, draw_imdb),
-    "cifar_sweep": ("cifar", sweep_table, draw_sweep),
-    "cifar_k_alpha": ("cifar", k_alpha_table, draw_k_alpha),
-    "cifar_updates": ("cifar", updates_table, draw_updates),
-    "language_model": ("language_model", language_model_table, draw_language_model),
+# The pages' tables and the pictures, and the folders of the runs they are made from.
+TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
+    "imdb": ("imdb", imdb_table),
+    "imdb-short": ("imdb", imdb_short_table),
+    "cifar-sweep": ("cifar", sweep_table),
+    "cifar-k-alpha": ("cifar", k_alpha_table),
+    "cifar-updates": ("cifar", updates_table),
+    "language-model": ("language_model", language_model_table),
+}
+PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
+    "imdb": ("imdb", draw_imdb),
+    "cifar-sweep": ("cifar", draw_sweep),
+    "cifar-k-alpha": ("cifar", draw_k_alpha),
+    "cifar-updates": ("cifar", draw_updates),
+    "language-model": ("language_model", draw_language_model),
 }
 
 
 def with_tables(page: str) -> str:
-    """Put the table of each part between its marks in the page."""
-    for part, (folder, make_table, _) in PARTS.items():
-        heading, *rows = make_table(read(RESULTS / folder))
-        lines = [heading, ["---"] * len(heading), *rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        marks = re.compile(f"(<!-- table: {part} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page = marks.sub(rf"\g<1>{table}\n\g<2>", page)
+    """Put the tables between their marks in a page."""
+    for name, (folder, make_table) in TABLES.items():
+        marks = re.compile(f"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if marks.search(page):
+            heading, *rows = make_table(read(RESULTS / folder))
+            lines = [heading, ["---"] * len(heading), *rows]
+            table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            page = marks.sub(rf"\g<1>{table}\n\g<2>", page)
     return page
 
 
@@ -391,18 +411,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    page = PAGE.read_text(encoding="utf-8")
-    written = with_tables(page)
-    if options.check:
-        print("as the files have it" if page == written else "not as the files have it")
-        return int(page != written)
-    PAGE.write_text(written, encoding="utf-8")
-    IMAGES.mkdir(exist_ok=True)
-    for part, (folder, _, draw) in PARTS.items():
-        path = IMAGES / f"{part}.png"
-        draw(read(RESULTS / folder)).savefig(path, dpi=120)
-        print(path.relative_to(DOCS.parent))
-    return 0
+    differing = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        written = with_tables(page)
+        if options.check and page != written:
+            print(f"{path.name}: its tables are not those that the runs give")
+            differing = 1
+        if not options.check:
+            path.write_text(written, encoding="utf-8")
+    if not options.check:
+        IMAGES.mkdir(exist_ok=True)
+        for name, (folder, draw) in PICTURES.items():
+            draw(read(RESULTS / folder)).savefig(IMAGES / f"{name}.png", dpi=110)
+    return differing
 
 
 def _group(
