@@ -34,8 +34,10 @@ LANGUAGE_CURVES = {
     "lookahead-sgd": Curve("Lookahead(SGD)", ORANGE, dashed=True),
 }
 SWEEP_CURVES = {
-    None: Curve("SGD", ORANGE),
-    cifar.K: Curve(f"Lookahead(SGD), k={cifar.K}, alpha={cifar.ALPHA}", BLUE, True),
+    (None, None): Curve("SGD", ORANGE),
+    (cifar.K, cifar.ALPHA): Curve(
+        f"Lookahead(SGD), k={cifar.K}, alpha={cifar.ALPHA}", BLUE, True
+    ),
 }
 
 
@@ -86,6 +88,21 @@ def imdb_table(records: Sequence[Record]) -> Table:
                 f"{100 * movement[2]:.0f} %",
             ]
         )
+    return table
+
+
+def imdb_epochs_table(records: Sequence[Record]) -> Table:
+    """Train loss and validation accuracy after every epoch, means over seeds."""
+    groups = _group(records, "optimizer", IMDB_CURVES)
+    table = [["epoch", *(IMDB_CURVES[optimizer].label for optimizer in groups)]]
+    for number in range(len(records[0]["results"]["epochs"])):
+        row = [str(number + 1)]
+        for group in groups.values():
+            epochs = [record["results"]["epochs"][number] for record in group]
+            loss = statistics.mean(epoch["loss"] for epoch in epochs)
+            accuracy = statistics.mean(epoch["val_accuracy"] for epoch in epochs)
+            row.append(f"{loss:.3f}, {100 * accuracy:.2f}")
+        table.append(row)
     return table
 
 
@@ -140,8 +157,8 @@ def sweep_table(records: Sequence[Record]) -> Table:
     }
     for rate, momentum in sorted(points):
         both = [
-            _trainings(records, learning_rate=rate, momentum=momentum, k=k)
-            for k in SWEEP_CURVES
+            _trainings(records, learning_rate=rate, momentum=momentum, k=k, alpha=alpha)
+            for k, alpha in SWEEP_CURVES
         ]
         table.append(
             [f"{rate:g}", f"{momentum:g}"]
@@ -164,10 +181,11 @@ def draw_sweep(records: Sequence[Record]) -> Figure:
     )
     for row, (part, measure, label) in zip(figure.subplots(2, 2), rows, strict=True):
         for axes, (swept, fixed, swept_label) in zip(row, columns, strict=True):
-            for k, curve in SWEEP_CURVES.items():
-                group = _trainings(records, k=k, **fixed)
-                values = sorted({record["settings"][swept] for record in group})
-                positions = values if swept == "learning_rate" else range(len(values))
+            points = _trainings(records, **fixed)
+            values = sorted({record["settings"][swept] for record in points})
+            positions = values if swept == "learning_rate" else range(len(values))
+            for (k, alpha), curve in SWEEP_CURVES.items():
+                group = _trainings(points, k=k, alpha=alpha)
                 _plot_seeds(axes, positions, group, swept, values, part, measure, curve)
             fixed_label = ", ".join(
                 f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()
@@ -379,6 +397,7 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
 # The pages' tables and the pictures, and the folders of the runs they are made from.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb": ("imdb", imdb_table),
+    "imdb-epochs": ("imdb", imdb_epochs_table),
     "imdb-short": ("imdb", imdb_short_table),
     "cifar-sweep": ("cifar", sweep_table),
     "cifar-k-alpha": ("cifar", k_alpha_table),
