@@ -52,7 +52,7 @@ AnyScale = TypeVar("AnyScale", bound=Scale)
 def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) -> None:
     """Add the options that every experiment has."""
     add = parser.add_argument
-    add("--data", required=True, metavar="SOURCE", help=data)
+    add("--data", required=True, type=data_source, metavar="SOURCE", help=data)
     add(
         "--seeds",
         nargs="+",
@@ -84,6 +84,13 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
         help="where the runs' files go; runs that are there already are left out "
         "(default: %(default)s)",
     )
+
+
+def data_source(text: str) -> str:
+    """Parse what `--data` names: real data only."""
+    if text != "keras" and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"neither keras nor a file: {text}")
+    return text
 
 
 def add_full_option(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ every fast update and every sync, late in training.
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,13 +34,21 @@ from keras_lookahead_lazy import Lookahead, SlowWeights
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # where the other one is varied
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 MOMENTA = (0.0, 0.5, 0.9, 0.95, 0.99)
+SWEEP = tuple(
+    dict.fromkeys(
+        [(rate, MOMENTUM) for rate in LEARNING_RATES]
+        + [(LEARNING_RATE, momentum) for momentum in MOMENTA]
+    )
+)
 K, ALPHA = 5, 0.5
 KS, ALPHAS = (5, 10, 20), (0.2, 0.5, 0.8)
 # The paper divides the learning rate by 5 after 60, 120 and 160 of 200 epochs.
 DECAYS, DECAY = (0.3, 0.6, 0.8), 0.2
-# After these shares of training, one in each phase after a decay, `updates` measures.
-WINDOWS = (0.4, 0.6, 0.8)
-CYCLES = 60
+# Where `updates` begins to measure: a share of training, in the middle of each phase
+# that follows a decay. The learning rate must not change while it measures.
+WINDOW_STARTS = (0.4, 0.7, 0.9)
+CYCLES = 30
+STATISTICS_MOMENTUM, STATISTICS_SAMPLES = 0.9, 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +122,32 @@ def build_model(shape: Sequence[int], scale: PictureScale) -> keras.Model:
 
 def _convolve(x: Any, filters: int, side: int, stride: int = 1) -> Any:
     x = layers.Conv2D(filters, side, stride, padding="same", use_bias=False)(x)
-    return layers.BatchNormalization(momentum=0.9)(x)
+    return layers.BatchNormalization(momentum=STATISTICS_MOMENTUM)(x)
+
+
+def steps_per_epoch(data: Data, scale: Scale) -> int:
+    """Count an epoch's updates."""
+    return -(-len(data.x_train) // scale.batch_size)
+
+
+def schedule(
+    data: Data, settings: Settings
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Build the paper's schedule, stretched to the epochs of the scale."""
+    scale = PictureScale(**settings["scale"])
+    steps = steps_per_epoch(data, scale) * scale.epochs
+    return keras.optimizers.schedules.PiecewiseConstantDecay(
+        [round(share * steps) for share in DECAYS],
+        [settings["learning_rate"] * DECAY**n for n in range(len(DECAYS) + 1)],
+    )
 
 
 def compile_model(data: Data, settings: Settings) -> keras.Model:
     """Build the model and compile it with the optimizer of the settings."""
     scale = PictureScale(**settings["scale"])
     model = build_model(data.x_train.shape[1:], scale)
-    steps = -(-len(data.x_train) // scale.batch_size) * scale.epochs
-    rate = settings["learning_rate"]
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [round(share * steps) for share in DECAYS],
-        [rate * DECAY**decays for decays in range(len(DECAYS) + 1)],
-    )
     optimizer = keras.optimizers.SGD(
-        schedule,
+        schedule(data, settings),
         momentum=settings["momentum"],
         weight_decay=scale.weight_decay or None,
     )
@@ -177,11 +197,18 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
     """Train part of the way, then evaluate on the test set after every update.
 
     A cycle of k updates gives k + 2 evaluations: at its start, after each fast update,
-    and after the sync.
+    and after the sync. The moving statistics of BatchNormalization lag behind the fast
+    weights and are nearer to synced ones, which alone could favour a sync; so a cycle
+    is also evaluated at its start, before and after its sync with statistics of the
+    weights that are evaluated ("with_fresh_statistics").
     """
     scale = PictureScale(**settings["scale"])
-    model = compile_model(data, settings)
     k, alpha = settings["k"], settings["alpha"]
+    rate = schedule(data, settings)
+    start = settings["start_epoch"] * steps_per_epoch(data, scale)
+    if float(rate(start)) != float(rate(start + (settings["cycles"] + 1) * k)):
+        raise ValueError("the learning rate falls while single updates are measured")
+    model = compile_model(data, settings)
     model.fit(
         data.x_train,
         data.y_train,
@@ -200,11 +227,15 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
             data.x_test, data.y_test, batch_size=500, verbose=0, return_dict=True
         )
 
+    def evaluate_fresh() -> dict[str, float]:
+        with _fresh_statistics(model, data.x_train[:STATISTICS_SAMPLES]):
+            return evaluate()
+
     while int(model.optimizer.iterations) % k:
         update()
     cycles = []
     for _ in range(settings["cycles"]):
-        evaluations = [evaluate()]
+        evaluations, fresh = [evaluate()], [evaluate_fresh()]
         slow_weights = [copy_of(weight) for weight in model.trainable_variables]
         for _ in range(k - 1):
             update()
@@ -213,24 +244,49 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
         # The k-th update comes with the sync, which has to be undone for a look at the
         # fast weights: synced = slow + alpha (fast - slow).
         synced = [copy_of(weight) for weight in model.trainable_variables]
-        for weight, before, after in zip(
+        for weight, slow, after in zip(
             model.trainable_variables, slow_weights, synced, strict=True
         ):
-            weight.assign(before + (after - before) / alpha)
+            weight.assign(slow + (after - slow) / alpha)
         evaluations.append(evaluate())
+        fresh.append(evaluate_fresh())
         for weight, after in zip(model.trainable_variables, synced, strict=True):
             weight.assign(after)
         evaluations.append(evaluate())
+        fresh.append(evaluate_fresh())
         cycles.append(
-            {
-                key: [evaluation[key] for evaluation in evaluations]
-                for key in ("accuracy", "loss")
-            }
+            {**_by_measure(evaluations), "with_fresh_statistics": _by_measure(fresh)}
         )
+    return {"learning_rate": float(model.optimizer.learning_rate), "cycles": cycles}
+
+
+def _by_measure(evaluations: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {
-        "learning_rate": float(model.optimizer.learning_rate),
-        "cycles": cycles,
+        measure: [evaluation[measure] for evaluation in evaluations]
+        for measure in ("accuracy", "loss")
     }
+
+
+@contextmanager
+def _fresh_statistics(model: keras.Model, images: np.ndarray) -> Iterator[None]:
+    """Give BatchNormalization the images' statistics under the present weights."""
+    normalizations = [
+        layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)
+    ]
+    statistics = [
+        variable for layer in normalizations for variable in layer.non_trainable_weights
+    ]
+    before = [copy_of(variable) for variable in statistics]
+    for layer in normalizations:
+        layer.momentum = 0.0
+    model(images, training=True)
+    for layer in normalizations:
+        layer.momentum = STATISTICS_MOMENTUM
+    try:
+        yield
+    finally:
+        for variable, value in zip(statistics, before, strict=True):
+            variable.assign(value)
 
 
 def _batches(
@@ -265,13 +321,19 @@ def training(
 
 
 def sweep(scale: PictureScale, seed: int) -> dict[str, Settings]:
-    """Vary the learning rate and the momentum, with and without Lookahead."""
-    points = [(rate, MOMENTUM) for rate in LEARNING_RATES]
-    points += [(LEARNING_RATE, momentum) for momentum in MOMENTA]
+    """Vary the learning rate and the momentum, with and without Lookahead.
+
+    Without also at alpha times the learning rate: a cycle of Lookahead goes alpha of
+    the way that its fast weights go, so that alone might be what one sees.
+    """
     return dict(
-        training(scale, seed, *point, k, alpha)
-        for point in points
-        for k, alpha in ((None, None), (K, ALPHA))
+        training(scale, seed, *settings)
+        for rate, momentum in SWEEP
+        for settings in (
+            (rate, momentum, None, None),
+            (ALPHA * rate, momentum, None, None),
+            (rate, momentum, K, ALPHA),
+        )
     )
 
 
@@ -283,7 +345,7 @@ def k_alpha(scale: PictureScale, seed: int) -> dict[str, Settings]:
 def updates(scale: PictureScale, seed: int) -> dict[str, Settings]:
     """Look at single updates in several phases of training."""
     name, settings = training(scale, seed)
-    starts = [round(share * scale.epochs) for share in WINDOWS]
+    starts = [round(share * scale.epochs) for share in WINDOW_STARTS]
     return {
         f"updates-{name}-epoch{start}": {
             **settings,

@@ -35,7 +35,7 @@ from experiments._runs import (
 from keras_lookahead_lazy import Lookahead, SlowWeights
 
 K, ALPHA = 5, 0.5
-LEARNING_RATES = {"adam": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (4.0, 8.0, 16.0, 32.0)}
+LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "sgd": (3.0, 10.0, 30.0)}
 OPTIMIZERS = ("adam", "lookahead-adam", "sgd", "lookahead-sgd")
 CLIPNORM = 0.25
 TUNING_SEED = 0
@@ -63,7 +63,7 @@ SMALL = TextScale(
     dropout=0.0,
     epochs=3,
     batch_size=16,
-    train_samples=6_000,
+    train_samples=5_000,
     test_samples=3_000,
 )
 FULL = TextScale(
@@ -104,12 +104,17 @@ def build_model(tokens: int, scale: TextScale) -> keras.Model:
     return model
 
 
-def build_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
-    """Build one of `OPTIMIZERS`."""
+def build_optimizer(settings: Settings, steps: int) -> keras.optimizers.Optimizer:
+    """Build one of `OPTIMIZERS`, with a learning rate that falls to 0 in `steps`."""
     wrapper, _, inner = settings["optimizer"].rpartition("-")
     make = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}[inner]
-    optimizer = make(settings["learning_rate"], global_clipnorm=CLIPNORM)
-    return Lookahead(optimizer, k=K, alpha=ALPHA) if wrapper else optimizer
+    optimizer = make(
+        keras.optimizers.schedules.CosineDecay(settings["learning_rate"], steps),
+        global_clipnorm=settings["global_clipnorm"],
+    )
+    if wrapper:
+        return Lookahead(optimizer, k=settings["k"], alpha=settings["alpha"])
+    return optimizer
 
 
 def measure(data: Data, settings: Settings) -> dict[str, Any]:
@@ -118,9 +123,10 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
     Lookahead is evaluated on its slow weights, on the test reviews on both.
     """
     scale = TextScale(**settings["scale"])
+    steps = -(-len(data.x_train) // scale.batch_size) * scale.epochs
     model = build_model(data.x_train.shape[1], scale)
     model.compile(
-        optimizer=build_optimizer(settings),
+        optimizer=build_optimizer(settings, steps),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     slow = [SlowWeights()] if isinstance(model.optimizer, Lookahead) else []
@@ -174,6 +180,9 @@ def run(
     return f"{optimizer}-rate{learning_rate:g}-seed{seed}", {
         "optimizer": optimizer,
         "learning_rate": learning_rate,
+        "global_clipnorm": CLIPNORM,
+        "k": K if "lookahead" in optimizer else None,
+        "alpha": ALPHA if "lookahead" in optimizer else None,
         "seed": seed,
         "scale": asdict(scale),
     }
@@ -195,15 +204,27 @@ def comparison(
     records: Sequence[Record],
 ) -> dict[str, Settings]:
     """Every optimizer with its best learning rate, from every seed."""
+    made = {record["name"]: record for record in records}
+    rates = {}
+    for optimizer in optimizers:
+        needed = tuning(scale, [optimizer])
+        missing = [
+            name
+            for name, settings in needed.items()
+            if name not in made or made[name]["settings"] != settings
+        ]
+        if missing:
+            raise DataError(f"not tuned yet: {', '.join(missing)}; run `tune` first")
+        rates[optimizer] = tuned_rate(records, optimizer)
     return dict(
-        run(scale, optimizer, tuned_rate(records, optimizer), seed)
+        run(scale, optimizer, rates[optimizer], seed)
         for seed in seeds
         for optimizer in optimizers
     )
 
 
 def tuned_rate(records: Sequence[Record], optimizer: str) -> float:
-    """The learning rate of the lowest validation perplexity in the tuning."""
+    """Return the learning rate of the lowest validation perplexity in the tuning."""
     perplexities = {
         record["settings"]["learning_rate"]: record["results"]["validation_perplexity"]
         for record in records
@@ -212,7 +233,7 @@ def tuned_rate(records: Sequence[Record], optimizer: str) -> float:
     }
     finite = {rate: value for rate, value in perplexities.items() if value is not None}
     if not finite:
-        raise DataError(f"no run has tuned {optimizer} yet: run `tune` first")
+        raise DataError(f"{optimizer} has diverged with every learning rate")
     return min(finite, key=finite.__getitem__)
 
 

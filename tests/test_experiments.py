@@ -198,6 +198,9 @@ def test_updates_are_evaluated_before_and_after_a_sync(tmp_path):
     data = pictures(tmp_path)
     _, settings = cifar.training(TINY, seed=0, learning_rate=0.05)
     settings |= {"name": "", "start_epoch": 0, "cycles": 2}
+    with pytest.raises(ValueError, match="rate falls while single updates"):
+        cifar.measure_updates(data, settings)  # after 6 of 20 updates
+    settings["scale"]["epochs"] = 20
     first, second = cifar.measure_updates(data, settings)["cycles"]
     assert len(first["loss"]) == len(first["accuracy"]) == cifar.K + 2
     assert second["loss"][0] == pytest.approx(first["loss"][-1], rel=1e-5)
@@ -220,7 +223,28 @@ def test_updates_are_evaluated_before_and_after_a_sync(tmp_path):
         weight.assign((before + _runs.copy_of(weight)) / 2)
     losses.append(model.evaluate(data.x_test, data.y_test, verbose=0))
     np.testing.assert_allclose(first["loss"], losses, rtol=1e-4)
+    assert len(first["with_fresh_statistics"]["loss"]) == 3
     assert np.ptp(losses) > 1e-3
+
+
+def test_fresh_statistics_are_those_of_the_images(tmp_path):
+    data = pictures(tmp_path)
+    _, settings = cifar.training(TINY, seed=0)
+    model = cifar.compile_model(data, settings)
+    model.fit(data.x_train, data.y_train, batch_size=8, verbose=0)
+    before = model.get_weights()
+    stale = model.predict(data.x_test, verbose=0)
+    with cifar._fresh_statistics(model, data.x_test):
+        fresh = model.predict(data.x_test, verbose=0)
+    # What normalization by the statistics of the batch gives, as in training.
+    expected = keras.ops.convert_to_numpy(model(data.x_test, training=True))
+    np.testing.assert_allclose(fresh, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(stale - expected).max() > 0.01
+    model.set_weights(before)
+    with cifar._fresh_statistics(model, data.x_test):
+        pass
+    for weight, value in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
 
 
 def initial_weights(data, settings):
@@ -247,8 +271,7 @@ def test_residual_network_of_the_paper():
 def test_cifar_command(tmp_path, monkeypatch):
     augmented = dataclasses.replace(TINY, augment=True, weight_decay=1e-3)
     monkeypatch.setattr(cifar, "SMALL", augmented)
-    monkeypatch.setattr(cifar, "LEARNING_RATES", (0.1,))
-    monkeypatch.setattr(cifar, "MOMENTA", (0.9,))
+    monkeypatch.setattr(cifar, "SWEEP", ((0.1, 0.9),))
     arguments = ["sweep", "--data", str(write_jpegs(tmp_path / "jpeg.npz"))]
     arguments += ["--epochs", "1", "--train-samples", "8", "--seeds", "2"]
     arguments += ["--output", str(tmp_path / "runs")]
@@ -292,7 +315,10 @@ def test_tuning_then_comparing(tmp_path, monkeypatch, capsys):
     arguments += ["--output", str(tmp_path / "runs"), "--seeds", "1"]
     with pytest.raises(SystemExit):
         language_model.main(["compare", *arguments])
-    assert "no run has tuned lookahead-sgd yet" in capsys.readouterr().err
+    assert (
+        "not tuned yet: lookahead-sgd-rate1-seed0; run `tune` first"
+        in capsys.readouterr().err
+    )
     assert language_model.main(["tune", *arguments]) == 0
     assert language_model.main(["compare", *arguments]) == 0
     name = "lookahead-sgd-rate1-seed1"
@@ -314,8 +340,8 @@ def test_the_tuned_rate_is_that_of_the_lowest_validation_perplexity():
         ]
     ]
     assert language_model.tuned_rate(records, "adam") == 0.01
-    with pytest.raises(DataError, match="no run has tuned sgd"):
-        language_model.tuned_rate(records, "sgd")
+    with pytest.raises(DataError, match="adam has diverged"):
+        language_model.tuned_rate(records[:1], "adam")
 
 
 # Report
