@@ -4,6 +4,6 @@ Run from the root of the repository; `docs/results.md` has the command of each t
 picture and what came out::
 
     python -m experiments.imdb --data imdb.npz
-    python -m experiments.cifar learning-rate --data cifar10_jpeg.npz
-    python -m experiments.language_model --data imdb.npz
+    python -m experiments.cifar sweep --data cifar10_jpeg.npz
+    python -m experiments.language_model tune --data imdb.npz
 """

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,9 +26,9 @@ from examples._report import environment, without_nan
 
 RESULTS = Path(__file__).parent / "results"
 
-Settings = dict[str, Any]  # all that a run depends on, besides the data
+Settings = dict[str, Any]  # what tells a run from the experiment's others
 Record = dict[str, Any]  # what a run's file holds
-Measure = Callable[[Data, Settings], dict[str, Any]]
+Measure = Callable[[Data, Settings, str], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +75,13 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
         type=positive_int,
         default=1,
         metavar="N",
-        help="runs at a time, which share the cores (default: %(default)s)",
+        help="runs at a time, which share the cores; on a GPU, one "
+        "(default: %(default)s)",
     )
     add(
         "--output",
         type=Path,
-        default=Path("results") / parser.prog.split()[0],
+        default=Path("results") / parser.prog,
         metavar="FOLDER",
         help="where the runs' files go; runs that are there already are left out "
         "(default: %(default)s)",
@@ -98,7 +100,7 @@ def add_full_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="the scale of the publication, for a machine with a GPU",
+        help="a scale like that of the publication, for a machine with a GPU",
     )
 
 
@@ -132,35 +134,40 @@ def run_all(
     load_data : callable
         Makes the data, which go to each run's process.
     measure : callable
-        Makes one run; a function that a new process can import.
+        Makes one run of the data, its settings and its name; a function that a new
+        process can import.
     """
     try:
-        missing = [name for name in runs if not _is_there(options.output, name, runs)]
-        for name in runs.keys() - set(missing):
+        there = [name for name in runs if _is_there(options.output, name, runs[name])]
+        for name in there:
             print(f"{name}: there already")
+        missing = [name for name in runs if name not in there]
         data = load_data() if missing else None
         options.output.mkdir(parents=True, exist_ok=True)
     except (DataError, OSError) as error:
         print(f"{experiment}: error: {one_line(error)}", file=sys.stderr)
         return 2
     failed = 0
-    with (
-        _cores_divided_by(options.jobs),
-        ThreadPoolExecutor(options.jobs) as threads,
-    ):
-        # A thread a run, which waits for the run's process: what one run leaves in
-        # memory or breaks is then nothing to the next one.
-        futures = {
-            threads.submit(
-                _in_new_process, _make_run, experiment, measure, data, *job
-            ): job[0]
-            for job in ((name, runs[name], options.output) for name in missing)
-        }
-        for done, future in enumerate(as_completed(futures), 1):
-            fault = future.exception()
-            failed += fault is not None
-            outcome = f"failed: {fault!r}" if fault else f"{future.result():.0f} s"
-            print(f"[{done}/{len(futures)}] {futures[future]}: {outcome}", flush=True)
+    # A thread a run, which waits for the run's process: what one run leaves in memory
+    # or breaks is then nothing to the next one.
+    threads = ThreadPoolExecutor(options.jobs)
+    with _cores_divided_by(options.jobs):
+        futures = {}
+        for name in missing:
+            run = (experiment, measure, data, name, runs[name], options.output)
+            futures[threads.submit(_in_new_process, _make_run, *run)] = name
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                fault = future.exception()
+                failed += fault is not None
+                if fault:
+                    traceback.print_exception(fault)
+                outcome = "failed" if fault else f"{future.result():.0f} s"
+                print(
+                    f"[{done}/{len(missing)}] {futures[future]}: {outcome}", flush=True
+                )
+        finally:
+            threads.shutdown(cancel_futures=True)  # the user may have had enough
     return min(failed, 1)
 
 
@@ -191,22 +198,30 @@ class Progress(keras.callbacks.Callback):
         print(f"{self.name}  epoch {epoch + 1}  {measures}", flush=True)
 
 
-def _is_there(folder: Path, name: str, runs: Mapping[str, Settings]) -> bool:
+def _is_there(folder: Path, name: str, settings: Settings) -> bool:
     path = folder / f"{name}.json"
     if not path.exists():
         return False
-    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    if settings != runs[name]:
-        differing = [
-            key
-            for key in settings | runs[name]
-            if settings.get(key) != runs[name].get(key)
-        ]
+    try:
+        before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))["settings"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not the file of a run") from error
+    wanted = dict(_flat(settings))
+    differing = [key for key in wanted | before if wanted.get(key) != before.get(key)]
+    if differing:
         raise DataError(
             f"{path} is of a run with other settings ({', '.join(differing)}); "
             "choose another --output or remove it"
         )
     return True
+
+
+def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield key, value
 
 
 def _in_new_process(function: Callable, *arguments: Any) -> Any:
@@ -226,7 +241,7 @@ def _make_run(
     start = time.perf_counter()
     keras.config.set_image_data_format("channels_last")
     keras.utils.set_random_seed(settings["seed"])
-    measured = measure(data, {**settings, "name": name})
+    measured = measure(data, settings, name)
     seconds = time.perf_counter() - start
     record = {
         "experiment": experiment,
@@ -268,7 +283,12 @@ def _cores_divided_by(jobs: int) -> Iterator[None]:
     Two processes on two cores that both start two threads slow each other down by a
     third.
     """
-    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
+    share = str(max(1, cores // jobs))
     names = ("NPROC", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")  # JAX, torch, TF
     ours = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(ours, share))

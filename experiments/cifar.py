@@ -48,27 +48,27 @@ DECAYS, DECAY = (0.3, 0.6, 0.8), 0.2
 # that follows a decay. The learning rate must not change while it measures.
 WINDOW_STARTS = (0.4, 0.7, 0.9)
 CYCLES = 30
+MAX_SHIFT = 4  # pixels
 STATISTICS_MOMENTUM, STATISTICS_SAMPLES = 0.9, 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureScale(Scale):
+class ImageScale(Scale):
     """How much is trained, and how large a residual network.
 
     Parameters
     ----------
     filters : list of int
         The filters of each stage of the residual network; a stage but the first halves
-        the picture's sides.
+        the image's sides.
     blocks : int
         Residual blocks of two convolutions in a stage.
     first_stride : int
         The stride of the first convolution.
     augment : bool
-        Whether pictures are shifted by up to four pixels and flipped.
+        Whether images are shifted by up to four pixels and flipped.
     weight_decay : float
-        SGD's, decoupled from the gradient as all of Keras's is: 10 times that of an L2
-        penalty under momentum 0.9.
+        That of a penalty in the loss, which momentum multiplies by 1 / (1 - momentum).
     """
 
     filters: list[int]
@@ -78,7 +78,7 @@ class PictureScale(Scale):
     weight_decay: float
 
 
-SMALL = PictureScale(
+SMALL = ImageScale(
     filters=[16, 32, 64],
     blocks=1,
     first_stride=2,
@@ -88,39 +88,41 @@ SMALL = PictureScale(
     batch_size=128,
     train_samples=20_000,
 )
-FULL = PictureScale(  # ResNet-18
+FULL = ImageScale(  # ResNet-18
     filters=[64, 128, 256, 512],
     blocks=2,
     first_stride=1,
     augment=True,
-    weight_decay=5e-3,
+    weight_decay=5e-4,
     epochs=200,
     batch_size=128,
 )
 
 
-def build_model(shape: Sequence[int], scale: PictureScale) -> keras.Model:
+def build_model(shape: Sequence[int], scale: ImageScale) -> keras.Model:
     """Build a residual network (He et al. 2016) that ends in logits."""
-    pictures = keras.Input(shape)
-    x = pictures
+    images = keras.Input(shape)
+    x = images
     if scale.augment:
-        x = layers.ZeroPadding2D(4)(x)
-        x = layers.RandomCrop(*shape[:2])(x)
+        shift = MAX_SHIFT / shape[0], MAX_SHIFT / shape[1]
+        x = layers.RandomTranslation(*shift, fill_mode="constant")(x)
         x = layers.RandomFlip("horizontal")(x)
-    x = layers.ReLU()(_convolve(x, scale.filters[0], 3, scale.first_stride))
+    x = layers.ReLU()(
+        _convolve_and_normalize(x, scale.filters[0], 3, scale.first_stride)
+    )
     for stage, filters in enumerate(scale.filters):
         for block in range(scale.blocks):
             stride = 2 if stage and not block else 1
-            y = layers.ReLU()(_convolve(x, filters, 3, stride))
-            y = _convolve(y, filters, 3)
+            y = layers.ReLU()(_convolve_and_normalize(x, filters, 3, stride))
+            y = _convolve_and_normalize(y, filters, 3)
             if stride > 1 or x.shape[-1] != filters:
-                x = _convolve(x, filters, 1, stride)
+                x = _convolve_and_normalize(x, filters, 1, stride)
             x = layers.ReLU()(layers.add([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(pictures, layers.Dense(CLASSES)(x))
+    return keras.Model(images, layers.Dense(CLASSES)(x))
 
 
-def _convolve(x: Any, filters: int, side: int, stride: int = 1) -> Any:
+def _convolve_and_normalize(x: Any, filters: int, side: int, stride: int = 1) -> Any:
     x = layers.Conv2D(filters, side, stride, padding="same", use_bias=False)(x)
     return layers.BatchNormalization(momentum=STATISTICS_MOMENTUM)(x)
 
@@ -134,7 +136,7 @@ def schedule(
     data: Data, settings: Settings
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Build the paper's schedule, stretched to the epochs of the scale."""
-    scale = PictureScale(**settings["scale"])
+    scale = ImageScale(**settings["scale"])
     steps = steps_per_epoch(data, scale) * scale.epochs
     return keras.optimizers.schedules.PiecewiseConstantDecay(
         [round(share * steps) for share in DECAYS],
@@ -144,12 +146,13 @@ def schedule(
 
 def compile_model(data: Data, settings: Settings) -> keras.Model:
     """Build the model and compile it with the optimizer of the settings."""
-    scale = PictureScale(**settings["scale"])
+    scale = ImageScale(**settings["scale"])
     model = build_model(data.x_train.shape[1:], scale)
     optimizer = keras.optimizers.SGD(
         schedule(data, settings),
         momentum=settings["momentum"],
-        weight_decay=scale.weight_decay or None,
+        # Keras's acts beside the gradient and so beside momentum.
+        weight_decay=scale.weight_decay / (1 - settings["momentum"]) or None,
     )
     if settings["k"]:
         optimizer = Lookahead(optimizer, k=settings["k"], alpha=settings["alpha"])
@@ -161,9 +164,9 @@ def compile_model(data: Data, settings: Settings) -> keras.Model:
     return model
 
 
-def measure_training(data: Data, settings: Settings) -> dict[str, Any]:
+def measure_training(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train to the end; validate Lookahead on its slow weights, at the end on both."""
-    scale = PictureScale(**settings["scale"])
+    scale = ImageScale(**settings["scale"])
     model = compile_model(data, settings)
     slow = [SlowWeights()] if settings["k"] else []
     history = model.fit(
@@ -173,7 +176,7 @@ def measure_training(data: Data, settings: Settings) -> dict[str, Any]:
         epochs=scale.epochs,
         validation_data=(data.x_test, data.y_test),
         validation_batch_size=500,
-        callbacks=[*slow, Progress(settings["name"])],
+        callbacks=[*slow, Progress(name)],
         verbose=0,
     ).history
 
@@ -193,7 +196,7 @@ def measure_training(data: Data, settings: Settings) -> dict[str, Any]:
     }
 
 
-def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
+def measure_updates(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train part of the way, then evaluate on the test set after every update.
 
     A cycle of k updates gives k + 2 evaluations: at its start, after each fast update,
@@ -202,7 +205,7 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
     is also evaluated at its start, before and after its sync with statistics of the
     weights that are evaluated ("with_fresh_statistics").
     """
-    scale = PictureScale(**settings["scale"])
+    scale = ImageScale(**settings["scale"])
     k, alpha = settings["k"], settings["alpha"]
     rate = schedule(data, settings)
     start = settings["start_epoch"] * steps_per_epoch(data, scale)
@@ -214,7 +217,7 @@ def measure_updates(data: Data, settings: Settings) -> dict[str, Any]:
         data.y_train,
         batch_size=scale.batch_size,
         epochs=settings["start_epoch"],
-        callbacks=[Progress(settings["name"])],
+        callbacks=[Progress(name)],
         verbose=0,
     )
     batches = _batches(data, scale.batch_size, settings["seed"])
@@ -301,7 +304,7 @@ def _batches(
 
 
 def training(
-    scale: PictureScale,
+    scale: ImageScale,
     seed: int,
     learning_rate: float = LEARNING_RATE,
     momentum: float = MOMENTUM,
@@ -320,7 +323,7 @@ def training(
     }
 
 
-def sweep(scale: PictureScale, seed: int) -> dict[str, Settings]:
+def sweep(scale: ImageScale, seed: int) -> dict[str, Settings]:
     """Vary the learning rate and the momentum, with and without Lookahead.
 
     Without also at alpha times the learning rate: a cycle of Lookahead goes alpha of
@@ -337,12 +340,12 @@ def sweep(scale: PictureScale, seed: int) -> dict[str, Settings]:
     )
 
 
-def k_alpha(scale: PictureScale, seed: int) -> dict[str, Settings]:
+def k_alpha(scale: ImageScale, seed: int) -> dict[str, Settings]:
     """Vary k and alpha."""
     return dict(training(scale, seed, k=k, alpha=alpha) for k in KS for alpha in ALPHAS)
 
 
-def updates(scale: PictureScale, seed: int) -> dict[str, Settings]:
+def updates(scale: ImageScale, seed: int) -> dict[str, Settings]:
     """Look at single updates in several phases of training."""
     name, settings = training(scale, seed)
     starts = [round(share * scale.epochs) for share in WINDOW_STARTS]

@@ -1,10 +1,11 @@
 """Compare runs that were made again with those in `experiments/results`.
 
 `python -m experiments.compare results/imdb` prints a line a run: what both hold is
-equal, or by how much the farthest number is off. The status is 1 unless all are equal.
+equal, or which number is farthest off. The status is 1 unless all are equal.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def difference(again: Any, before: Any) -> str:
     if first.keys() != second.keys():
         return "not measured in the same way"
     off = {
-        path: abs(value - (second[path] or 0)) if value is not None else float("inf")
+        path: _relative(value, second[path])
         for path, value in first.items()
         if value != second[path]
     }
@@ -42,25 +43,40 @@ def difference(again: Any, before: Any) -> str:
     return f"{farthest} is {first[farthest]}, was {second[farthest]}"
 
 
+def _relative(value: float | None, before: float | None) -> float:
+    if value is None or before is None:  # one of them diverged
+        return math.inf
+    return abs(value - before) / max(abs(value), abs(before))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare two folders; return the exit status."""
+    """Compare a folder with the committed one; return the exit status."""
     parser = argparse.ArgumentParser("compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="where runs were made again")
     options = parser.parse_args(arguments)
-    before = {
+    records = read(options.folder)
+    if not records:
+        parser.error(f"no runs in {options.folder}")
+    committed = {
         (record["experiment"], record["name"]): record
         for folder in RESULTS.iterdir()
         for record in read(folder)
     }
     differing = 0
-    for record in read(options.folder):
-        key = record["experiment"], record["name"]
-        if key not in before:
+    for record in records:
+        before = committed.get((record["experiment"], record["name"]))
+        if before is None:
             verdict = "not in experiments/results"
-        elif before[key]["settings"] != record["settings"]:
+        elif before["settings"] != record["settings"]:
             verdict = "of other settings"
         else:
-            verdict = difference(record["results"], before[key]["results"])
+            verdict = difference(record["results"], before["results"])
+            others = [
+                f"{key} {value}, was {before['environment'].get(key)}"
+                for key, value in record["environment"].items()
+                if key != "date" and value != before["environment"].get(key)
+            ]
+            verdict += f" ({'; '.join(others)})" if verdict and others else ""
         differing += bool(verdict)
         print(f"{record['name']}: {verdict or 'equal'}")
     return min(differing, 1)

@@ -20,8 +20,8 @@ from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 
 OPTIMIZERS = tuple(example.CURVES)
 EPOCHS, BATCH_SIZE = 8, 32
-# A step in so many is measured; no multiple of k, or Lookahead's syncs would be seen
-# always or never.
+# A step in so many is measured; coprime with k, so that syncs are seen as often as
+# other steps.
 PROBE_EVERY = 7
 
 
@@ -97,7 +97,7 @@ class RowMovement(keras.callbacks.Callback):
         return copy_of(self.model.layers[0].embeddings)
 
 
-def measure(data: Data, settings: Settings) -> dict[str, Any]:
+def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return what each epoch measured."""
     model = example.build_model(data)
     model.compile(
@@ -116,7 +116,7 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
         shuffle=False,  # not the batches, too
         validation_data=(data.x_test, data.y_test),
         validation_batch_size=256,
-        callbacks=[movement, timer, Progress(settings["name"])],
+        callbacks=[movement, timer, Progress(name)],
         verbose=0,
     ).history
     return {

@@ -117,7 +117,7 @@ def build_optimizer(settings: Settings, steps: int) -> keras.optimizers.Optimize
     return optimizer
 
 
-def measure(data: Data, settings: Settings) -> dict[str, Any]:
+def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return perplexities on validation and test reviews.
 
     Lookahead is evaluated on its slow weights, on the test reviews on both.
@@ -138,7 +138,7 @@ def measure(data: Data, settings: Settings) -> dict[str, Any]:
         epochs=scale.epochs,
         validation_data=(data.x_test[:half], data.y_test[:half]),
         validation_batch_size=64,
-        callbacks=[*slow, Progress(settings["name"])],
+        callbacks=[*slow, Progress(name)],
         verbose=0,
     ).history
 

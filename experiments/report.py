@@ -33,12 +33,17 @@ LANGUAGE_CURVES = {
     "sgd": Curve("SGD", ORANGE),
     "lookahead-sgd": Curve("Lookahead(SGD)", ORANGE, dashed=True),
 }
+# A factor of the learning rate, k and alpha.
 SWEEP_CURVES = {
-    (None, None): Curve("SGD", ORANGE),
-    (cifar.K, cifar.ALPHA): Curve(
-        f"Lookahead(SGD), k={cifar.K}, alpha={cifar.ALPHA}", BLUE, True
-    ),
+    (1, None, None): Curve("SGD", ORANGE),
+    (cifar.ALPHA, None, None): Curve(f"SGD, {cifar.ALPHA} x learning rate", BLACK),
+    (1, cifar.K, cifar.ALPHA): Curve("Lookahead(SGD)", ORANGE, dashed=True),
 }
+NOMINAL = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
+TRAININGS = (
+    ("train", "loss", "final train loss"),
+    ("test", "accuracy", "test accuracy"),
+)
 
 
 # IMDB
@@ -53,12 +58,12 @@ def imdb_table(records: Sequence[Record]) -> Table:
             "optimizer",
             "best validation accuracy, %",
             "each seed",
-            "above Adam, same seeds",
+            "points above Adam, same seeds",
             "last epoch, %",
             "train loss, last epoch",
             "a sampled row moves in a step, 1e-3",
             "another row, 1e-3",
-            "share of all movement",
+            "other rows' share of all movement",
         ]
     ]
     for optimizer, group in groups.items():
@@ -150,20 +155,13 @@ def sweep_table(records: Sequence[Record]) -> Table:
     """Means over seeds for every learning rate and momentum."""
     table = [["learning rate", "momentum"]]
     for measure in ("train loss", "test accuracy, %"):
-        table[0] += [f"{measure}: SGD", "Lookahead"]
-    points = {
-        (record["settings"]["learning_rate"], record["settings"]["momentum"])
-        for record in _trainings(records)
-    }
-    for rate, momentum in sorted(points):
-        both = [
-            _trainings(records, learning_rate=rate, momentum=momentum, k=k, alpha=alpha)
-            for k, alpha in SWEEP_CURVES
-        ]
+        table[0] += [f"{measure}: {curve.label}" for curve in SWEEP_CURVES.values()]
+    for rate, momentum in sorted(cifar.SWEEP):
+        groups = [_swept(records, rate, momentum, *variant) for variant in SWEEP_CURVES]
         table.append(
             [f"{rate:g}", f"{momentum:g}"]
-            + [_mean(group, "train", "loss", "{:.3f}") for group in both]
-            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in both]
+            + [_mean(group, "train", "loss", "{:.3f}") for group in groups]
+            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in groups]
         )
     return table
 
@@ -171,32 +169,43 @@ def sweep_table(records: Sequence[Record]) -> Table:
 def draw_sweep(records: Sequence[Record]) -> Figure:
     """Final train loss and test accuracy over the learning rate and the momentum."""
     figure = Figure(figsize=(11, 8), layout="constrained")
-    columns = (
-        ("learning_rate", {"momentum": cifar.MOMENTUM}, "learning rate"),
-        ("momentum", {"learning_rate": cifar.LEARNING_RATE}, "momentum"),
-    )
-    rows = (
-        ("train", "loss", "final train loss"),
-        ("test", "accuracy", "test accuracy"),
-    )
-    for row, (part, measure, label) in zip(figure.subplots(2, 2), rows, strict=True):
-        for axes, (swept, fixed, swept_label) in zip(row, columns, strict=True):
-            points = _trainings(records, **fixed)
-            values = sorted({record["settings"][swept] for record in points})
-            positions = values if swept == "learning_rate" else range(len(values))
-            for (k, alpha), curve in SWEEP_CURVES.items():
-                group = _trainings(points, k=k, alpha=alpha)
-                _plot_seeds(axes, positions, group, swept, values, part, measure, curve)
-            fixed_label = ", ".join(
-                f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()
-            )
-            _style(axes, f"{swept_label} ({fixed_label})", label)
-            if swept == "learning_rate":
-                axes.set_xscale("log")
-            else:
-                axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-    _legend(figure, axes)
+    for row, (part, measure, label) in zip(
+        figure.subplots(2, 2), TRAININGS, strict=True
+    ):
+        for variant, curve in SWEEP_CURVES.items():
+            by_rate = [
+                _values(_swept(records, rate, cifar.MOMENTUM, *variant), part, measure)
+                for rate in cifar.LEARNING_RATES
+            ]
+            _plot(row[0], cifar.LEARNING_RATES, by_rate, curve)
+            by_momentum = [
+                _values(
+                    _swept(records, cifar.LEARNING_RATE, momentum, *variant),
+                    part,
+                    measure,
+                )
+                for momentum in cifar.MOMENTA
+            ]
+            _plot(row[1], range(len(cifar.MOMENTA)), by_momentum, curve)
+        row[0].set_xscale("log")
+        _style(row[0], f"learning rate (momentum {cifar.MOMENTUM})", label)
+        row[1].set_xticks(range(len(cifar.MOMENTA)), map(str, cifar.MOMENTA))
+        _style(row[1], f"momentum (learning rate {cifar.LEARNING_RATE})", label)
+    _legend(figure, row[0])
     return figure
+
+
+def _swept(
+    records: Sequence[Record],
+    rate: float,
+    momentum: float,
+    factor: float,
+    k: int | None,
+    alpha: float | None,
+) -> list[Record]:
+    return _trainings(
+        records, learning_rate=factor * rate, momentum=momentum, k=k, alpha=alpha
+    )
 
 
 def k_alpha_table(records: Sequence[Record]) -> Table:
@@ -204,17 +213,16 @@ def k_alpha_table(records: Sequence[Record]) -> Table:
     table = [["k"]]
     for measure in ("train loss", "test accuracy, %"):
         table[0] += [f"{measure}: alpha {alpha:g}" for alpha in cifar.ALPHAS]
-    fixed = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
     for k in cifar.KS:
         groups = [
-            _trainings(records, k=k, alpha=alpha, **fixed) for alpha in cifar.ALPHAS
+            _trainings(records, k=k, alpha=alpha, **NOMINAL) for alpha in cifar.ALPHAS
         ]
         table.append(
             [str(k)]
             + [_mean(group, "train", "loss", "{:.3f}") for group in groups]
             + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in groups]
         )
-    sgd = _trainings(records, k=None, **fixed)
+    sgd = _trainings(records, k=None, **NOMINAL)
     loss = _mean(sgd, "train", "loss", "{:.3f}")
     accuracy = _mean(sgd, "test", "accuracy", "{:.2f}", 100)
     table.append(["without Lookahead", loss, "", "", accuracy, "", ""])
@@ -224,23 +232,18 @@ def k_alpha_table(records: Sequence[Record]) -> Table:
 def draw_k_alpha(records: Sequence[Record]) -> Figure:
     """Final train loss and test accuracy over k, a line an alpha."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    fixed = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
-    rows = (
-        ("train", "loss", "final train loss"),
-        ("test", "accuracy", "test accuracy"),
-    )
-    for axes, (part, measure, label) in zip(figure.subplots(1, 2), rows, strict=True):
+    for axes, (part, measure, label) in zip(
+        figure.subplots(1, 2), TRAININGS, strict=True
+    ):
         for alpha, color in zip(cifar.ALPHAS, (ORANGE, BLACK, BLUE), strict=True):
-            group = _trainings(records, alpha=alpha, **fixed)
-            curve = Curve(f"alpha {alpha:g}", color)
-            ks, positions = list(cifar.KS), range(len(cifar.KS))
-            _plot_seeds(axes, positions, group, "k", ks, part, measure, curve)
-        sgd = [
-            record["results"][part][measure]
-            for record in _trainings(records, k=None, **fixed)
-        ]
-        axes.axhline(statistics.mean(sgd), color="#888888", ls=":", label="SGD alone")
-        axes.set_xticks(positions, [str(k) for k in ks])
+            by_k = [
+                _values(_trainings(records, k=k, alpha=alpha, **NOMINAL), part, measure)
+                for k in cifar.KS
+            ]
+            _plot(axes, range(len(cifar.KS)), by_k, Curve(f"alpha {alpha:g}", color))
+        sgd = _values(_trainings(records, k=None, **NOMINAL), part, measure)
+        axes.axhline(np.mean(sgd), color="#888888", ls=":", label="without Lookahead")
+        axes.set_xticks(range(len(cifar.KS)), map(str, cifar.KS))
         _style(axes, "k", label)
     _legend(figure, axes)
     return figure
@@ -253,35 +256,39 @@ def updates_table(records: Sequence[Record]) -> Table:
             "after epoch",
             "learning rate",
             "cycles",
-            "accuracy, a fast update",
-            "accuracy, a sync",
-            "loss, a fast update",
-            "loss, a sync",
+            "statistics",
+            "accuracy, points: a fast update",
+            "a sync",
+            "loss: a fast update",
+            "a sync",
         ]
     ]
     for (epoch, rate), group in _windows(records).items():
-        row = [str(epoch), f"{rate:.2g}", str(len(_cycles(group, "loss")))]
-        for measure, factor, unit in (
-            ("accuracy", 100, "{:+.3f}"),
-            ("loss", 1, "{:+.5f}"),
+        cycles = [cycle for record in group for cycle in record["results"]["cycles"]]
+        for name, of_cycles in (
+            ("moving", cycles),
+            ("fresh", [cycle["with_fresh_statistics"] for cycle in cycles]),
         ):
-            for change in changes(_cycles(group, measure)):
-                mean, margin = (factor * value for value in interval(change))
-                row.append(f"{unit.format(mean)} ± {unit.format(margin)[1:]}")
-        table.append(row)
+            row = [str(epoch), f"{rate:.2g}", str(len(cycles)), name]
+            for measure, factor, digits in (("accuracy", 100, 3), ("loss", 1, 5)):
+                values = np.array([cycle[measure] for cycle in of_cycles])
+                for change in changes(factor * values, cifar.K):
+                    mean, margin = interval(change)
+                    row.append(f"{mean:+.{digits}f} ± {margin:.{digits}f}")
+            table.append(row)
     return table
 
 
-def changes(cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def changes(cycles: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return each cycle's mean change by a fast update, and its change by the sync.
 
     Parameters
     ----------
-    cycles : array, (cycles, k + 2)
-        What was measured at the start, after each fast update and after the sync.
+    cycles : array, (cycles, at least 3)
+        What was measured at the start, in between, before and after the sync.
     """
-    k = cycles.shape[1] - 2
-    return (cycles[:, k] - cycles[:, 0]) / k, cycles[:, k + 1] - cycles[:, k]
+    start, before, after = cycles[:, 0], cycles[:, -2], cycles[:, -1]
+    return (before - start) / k, after - before
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -295,31 +302,41 @@ def draw_updates(records: Sequence[Record]) -> Figure:
     windows = _windows(records)
     figure = Figure(figsize=(11, 3.4 * len(windows)), layout="constrained")
     rows = figure.subplots(len(windows), 2, squeeze=False, width_ratios=(2, 1))
-    for (trace, cycle), ((epoch, rate), group) in zip(
-        rows, windows.items(), strict=True
-    ):
-        first = 100 * _cycles(group[:1], "accuracy")[: 60 // cifar.K]
-        k = first.shape[1] - 2
-        for number, values in enumerate(first):
+    for (trace, cycle), (window, group) in zip(rows, windows.items(), strict=True):
+        percents = [
+            100 * np.array([each["accuracy"] for each in record["results"]["cycles"]])
+            for record in group
+        ]
+        k = cifar.K
+        for number, values in enumerate(percents[0][: 60 // k]):
             updates = number * k + np.arange(k + 1)
-            trace.plot(updates, values[:-1], color=ORANGE, marker="o", markersize=2.5)
+            trace.plot(updates, values[:-1], "o-", color=ORANGE, markersize=2.5)
             trace.plot(updates[[-1, -1]], values[-2:], color=BLUE)
-            trace.plot(updates[-1], values[-1], color=BLUE, marker="o", markersize=5)
-        _style(trace, f"updates after epoch {epoch}, learning rate {rate:.2g}", "")
-        trace.set_ylabel("test accuracy, %")
-        all_cycles = 100 * _cycles(group, "accuracy")
-        means, margins = zip(
-            *(interval(column) for column in (all_cycles - all_cycles[:, :1]).T[1:]),
-            strict=True,
-        )
-        x = np.arange(1, k + 2)
+            trace.plot(updates[-1], values[-1], "o", color=BLUE, markersize=5)
+        epoch, rate = window
+        x_label = f"updates after epoch {epoch}, learning rate {rate:.2g}"
+        _style(trace, x_label, "test accuracy, %")
+        all_cycles = np.concatenate(percents)
+        since_sync = (all_cycles - all_cycles[:, :1]).T[1:]
+        means, margins = np.array([interval(values) for values in since_sync]).T
+        places = np.arange(1, k + 2)
         cycle.axhline(0, color="#888888", ls=":")
-        cycle.errorbar(
-            x[:-1], means[:-1], margins[:-1], color=ORANGE, fmt="o", capsize=3
-        )
-        cycle.errorbar(x[-1:], means[-1:], margins[-1:], color=BLUE, fmt="o", capsize=3)
-        cycle.set_xticks(x, [*map(str, x[:-1]), "sync"])
-        _style(cycle, "fast updates since the last sync", "change since it")
+        for chosen, color, label in (
+            (slice(k), ORANGE, "a fast update"),
+            (slice(k, None), BLUE, "a sync"),
+        ):
+            cycle.errorbar(
+                places[chosen],
+                means[chosen],
+                margins[chosen],
+                color=color,
+                label=label,
+                fmt="o",
+                capsize=3,
+            )
+        cycle.set_xticks(places, [*map(str, places[:-1]), "sync"])
+        _style(cycle, "fast updates since the last sync", "points since it")
+    _legend(figure, cycle)
     return figure
 
 
@@ -378,7 +395,8 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
         rates = sorted(tuning)
         axes = sgd if "sgd" in optimizer else adam
         perplexities = [tuning[each]["validation_perplexity"] for each in rates]
-        _plot(axes, rates, [[p or np.nan] for p in perplexities], curve)
+        finite = [[np.nan if p is None else p] for p in perplexities]
+        _plot(axes, rates, finite, curve)
         axes.set_xscale("log")
         runs += [
             Run(optimizer, record["settings"]["seed"], record["results"]["epochs"])
@@ -478,12 +496,6 @@ def _windows(records: Iterable[Record]) -> dict[tuple[int, float], list[Record]]
     return dict(sorted(groups.items()))
 
 
-def _cycles(records: Iterable[Record], measure: str) -> np.ndarray:
-    return np.array(
-        [cycle[measure] for record in records for cycle in record["results"]["cycles"]]
-    )
-
-
 def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
     return {
         record["settings"]["seed"]: record["results"][measure] for record in records
@@ -501,26 +513,10 @@ def _mean(
     return form.format(factor * statistics.mean(values))
 
 
-def _plot_seeds(
-    axes: Axes,
-    positions: Sequence[float],
-    records: Sequence[Record],
-    swept: str,
-    values: Sequence[Any],
-    part: str,
-    measure: str,
-    curve: Curve,
-) -> None:
-    """Plot what every value of a swept setting gave, all seeds and their mean."""
-    seeds = [
-        [
-            np.nan if (result := record["results"][part][measure]) is None else result
-            for record in records
-            if record["settings"][swept] == value
-        ]
-        for value in values
-    ]
-    _plot(axes, positions, seeds, curve)
+def _values(records: Iterable[Record], part: str, measure: str) -> list[float]:
+    """List what every seed measured, NaN where it diverged."""
+    values = [record["results"][part][measure] for record in records]
+    return [np.nan if value is None else value for value in values]
 
 
 def _plot(
@@ -529,7 +525,7 @@ def _plot(
     """Plot a line through the means over seeds, and a dot for every seed."""
     axes.plot(
         x,
-        [np.mean(values) for values in seeds],
+        [np.mean(values) if values else np.nan for values in seeds],
         "--" if curve.dashed else "-",
         color=curve.color,
         label=curve.label,
