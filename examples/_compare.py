@@ -59,15 +59,8 @@ def add_options(
     parser: argparse.ArgumentParser, curves: Mapping[str, Curve], batch_size: int
 ) -> None:
     """Add the options that both examples have."""
+    add_optimizers_option(parser, list(curves))
     add = parser.add_argument
-    add(
-        "--optimizers",
-        nargs="+",
-        choices=list(curves),
-        default=list(curves),
-        metavar="NAME",
-        help=f"any of {', '.join(curves)} (default: all)",
-    )
     for option, default, text in (
         ("--epochs", None, "default: what suits the data"),
         ("--batch-size", batch_size, "default: %(default)s"),
@@ -98,6 +91,18 @@ def add_options(
         default=Path("results") / parser.prog,
         metavar="FOLDER",
         help="where results.json and curves.png go (default: %(default)s)",
+    )
+
+
+def add_optimizers_option(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    """Add the option that chooses among the optimizers."""
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"any of {', '.join(names)} (default: all)",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from examples._compare import EpochTimer
+from examples._compare import EpochTimer, add_optimizers_option
 from examples._data import Data
 from examples.imdb_lazy import __main__ as example
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
@@ -152,14 +152,7 @@ def runs(options: argparse.Namespace) -> Mapping[str, Settings]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("imdb", description=__doc__)
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        metavar="NAME",
-        help=f"any of {', '.join(OPTIMIZERS)} (default: all)",
-    )
+    add_optimizers_option(parser, list(OPTIMIZERS))
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
     return run_all(

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from examples._compare import add_optimizers_option
 from examples._data import Data, DataError
 from examples.imdb_lazy import __main__ as example
 from examples.imdb_lazy.data import UNKNOWN
@@ -244,14 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one half of the experiment; return the exit status."""
     parser = argparse.ArgumentParser("language_model", description=__doc__)
     parser.add_argument("experiment", choices=("tune", "compare"))
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        metavar="NAME",
-        help=f"any of {', '.join(OPTIMIZERS)} (default: all)",
-    )
+    add_optimizers_option(parser, list(OPTIMIZERS))
     add_options(parser, seeds=[1, 2], data="keras, or a path of an imdb.npz")
     add_full_option(parser)
     options = parser.parse_args(arguments)

@@ -525,7 +525,7 @@ def _plot(
     """Plot a line through the means over seeds, and a dot for every seed."""
     axes.plot(
         x,
-        [np.mean(values) if values else np.nan for values in seeds],
+        [float(np.mean(values)) if values else np.nan for values in seeds],
         "--" if curve.dashed else "-",
         color=curve.color,
         label=curve.label,
