@@ -37,8 +37,8 @@ from keras_lookahead_lazy import Lookahead, SlowWeights
 
 K, ALPHA = 5, 0.5
 LEARNING_RATES = {
-    "adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "sgd": (3.0, 10.0, 30.0, 100.0),
+    "adam": (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1),
+    "sgd": (3.0, 10.0, 30.0, 50.0, 100.0, 200.0),
 }
 OPTIMIZERS = ("adam", "lookahead-adam", "sgd", "lookahead-sgd")
 CLIPNORM = 0.25
