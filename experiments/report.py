@@ -406,7 +406,7 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
         ]
     for axes in (adam, sgd):
         _style(axes, "learning rate", "validation perplexity")
-    label = "validation perplexity at the tuned rate"
+    label = "validation perplexity, tuned"
     draw_measure(epochs, "validation_perplexity", label, runs, LANGUAGE_CURVES)
     _legend(figure, epochs)
     return figure
