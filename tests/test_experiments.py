@@ -266,10 +266,18 @@ def test_the_learning_rate_falls_as_in_the_paper(tmp_path):
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
-def test_residual_network_of_the_paper():
-    model = cifar.build_model((32, 32, 3), cifar.FULL)
-    # ResNet-18 with a 3 x 3 first convolution and 10 classes, as in He et al.
-    assert sum(int(np.prod(w.shape)) for w in model.trainable_variables) == 11_173_962
+@pytest.mark.parametrize(
+    ("scale", "weights"),
+    [
+        (cifar.SMALL, 78_042),
+        # ResNet-18 with a 3 x 3 first convolution and 10 classes, as in He et al.
+        (cifar.FULL, 11_173_962),
+    ],
+    ids=["small", "full"],
+)
+def test_residual_networks_have_the_weights_that_the_page_says(scale, weights):
+    model = cifar.build_model((32, 32, 3), scale)
+    assert sum(int(np.prod(w.shape)) for w in model.trainable_variables) == weights
 
 
 def test_cifar_command(tmp_path, monkeypatch):
