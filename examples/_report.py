@@ -141,7 +141,13 @@ def draw(
     draw_measure(accuracy, "val_accuracy", "validation accuracy", runs, curves)
     draw_measure(loss, "val_loss", "validation loss", runs, curves)
     figure.suptitle(title, fontsize=11)
-    handles, labels = accuracy.get_legend_handles_labels()
+    legend(figure, accuracy)
+    figure.savefig(path, dpi=150)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend of one of a figure's axes below all of them."""
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
@@ -149,7 +155,15 @@ def draw(
         ncols=len(labels) if len(labels) < 5 else 3,
         frameon=False,
     )
-    figure.savefig(path, dpi=150)
+
+
+def style(axes: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes, over a light grid."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -186,13 +200,9 @@ def draw_measure(
             axes.plot(
                 epochs, values.T, line, color=curve.color, linewidth=0.7, alpha=0.5
             )
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0.8, len(epochs) + 0.2)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes, "epoch", label)
 
 
 def without_nan(value: Any) -> Any:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -45,6 +46,10 @@ class Scale:
     batch_size: int
     train_samples: int | None = None
     test_samples: int | None = None
+
+    def updates_per_epoch(self, data: Data) -> int:
+        """Count an epoch's batches, the last of which may be smaller."""
+        return math.ceil(len(data.x_train) / self.batch_size)
 
 
 AnyScale = TypeVar("AnyScale", bound=Scale)

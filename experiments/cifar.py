@@ -127,19 +127,14 @@ def _convolve_and_normalize(x: Any, filters: int, side: int, stride: int = 1) ->
     return layers.BatchNormalization(momentum=STATISTICS_MOMENTUM)(x)
 
 
-def steps_per_epoch(data: Data, scale: Scale) -> int:
-    """Count an epoch's updates."""
-    return -(-len(data.x_train) // scale.batch_size)
-
-
 def schedule(
     data: Data, settings: Settings
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Build the paper's schedule, stretched to the epochs of the scale."""
     scale = ImageScale(**settings["scale"])
-    steps = steps_per_epoch(data, scale) * scale.epochs
+    updates = scale.updates_per_epoch(data) * scale.epochs
     return keras.optimizers.schedules.PiecewiseConstantDecay(
-        [round(share * steps) for share in DECAYS],
+        [round(share * updates) for share in DECAYS],
         [settings["learning_rate"] * DECAY**n for n in range(len(DECAYS) + 1)],
     )
 
@@ -208,7 +203,7 @@ def measure_updates(data: Data, settings: Settings, name: str) -> dict[str, Any]
     scale = ImageScale(**settings["scale"])
     k, alpha = settings["k"], settings["alpha"]
     rate = schedule(data, settings)
-    start = settings["start_epoch"] * steps_per_epoch(data, scale)
+    start = settings["start_epoch"] * scale.updates_per_epoch(data)
     if float(rate(start)) != float(rate(start + (settings["cycles"] + 1) * k)):
         raise ValueError("the learning rate falls while single updates are measured")
     model = compile_model(data, settings)

@@ -127,7 +127,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     Lookahead is evaluated on its slow weights, on the test reviews on both.
     """
     scale = TextScale(**settings["scale"])
-    steps = -(-len(data.x_train) // scale.batch_size) * scale.epochs
+    steps = scale.updates_per_epoch(data) * scale.epochs
     model = build_model(data.x_train.shape[1], scale)
     model.compile(
         optimizer=build_optimizer(settings, steps),

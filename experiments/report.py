@@ -16,7 +16,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples._report import BLACK, BLUE, ORANGE, Curve, Run, draw_measure
+from examples._report import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    Curve,
+    Run,
+    draw_measure,
+    legend,
+    style,
+)
 from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
 from experiments import cifar, language_model
 from experiments._runs import RESULTS, Record, read
@@ -142,9 +151,9 @@ def draw_imdb(records: Sequence[Record]) -> Figure:
             markersize=3,
             linewidth=0.7,
         )
-    _style(against, "train loss", "validation accuracy")
+    style(against, "train loss", "validation accuracy")
     against.invert_xaxis()
-    _legend(figure, accuracy)
+    legend(figure, accuracy)
     return figure
 
 
@@ -188,10 +197,10 @@ def draw_sweep(records: Sequence[Record]) -> Figure:
             ]
             _plot(row[1], range(len(cifar.MOMENTA)), by_momentum, curve)
         row[0].set_xscale("log")
-        _style(row[0], f"learning rate (momentum {cifar.MOMENTUM})", label)
+        style(row[0], f"learning rate (momentum {cifar.MOMENTUM})", label)
         row[1].set_xticks(range(len(cifar.MOMENTA)), map(str, cifar.MOMENTA))
-        _style(row[1], f"momentum (learning rate {cifar.LEARNING_RATE})", label)
-    _legend(figure, row[0])
+        style(row[1], f"momentum (learning rate {cifar.LEARNING_RATE})", label)
+    legend(figure, row[0])
     return figure
 
 
@@ -244,8 +253,8 @@ def draw_k_alpha(records: Sequence[Record]) -> Figure:
         sgd = _values(_trainings(records, k=None, **NOMINAL), part, measure)
         axes.axhline(np.mean(sgd), color="#888888", ls=":", label="without Lookahead")
         axes.set_xticks(range(len(cifar.KS)), map(str, cifar.KS))
-        _style(axes, "k", label)
-    _legend(figure, axes)
+        style(axes, "k", label)
+    legend(figure, axes)
     return figure
 
 
@@ -315,7 +324,7 @@ def draw_updates(records: Sequence[Record]) -> Figure:
             trace.plot(updates[-1], values[-1], "o", color=BLUE, markersize=5)
         epoch, rate = window
         x_label = f"updates after epoch {epoch}, learning rate {rate:.2g}"
-        _style(trace, x_label, "test accuracy, %")
+        style(trace, x_label, "test accuracy, %")
         all_cycles = np.concatenate(percents)
         since_sync = (all_cycles - all_cycles[:, :1]).T[1:]
         means, margins = np.array([interval(values) for values in since_sync]).T
@@ -335,8 +344,8 @@ def draw_updates(records: Sequence[Record]) -> Figure:
                 capsize=3,
             )
         cycle.set_xticks(places, [*map(str, places[:-1]), "sync"])
-        _style(cycle, "fast updates since the last sync", "points since it")
-    _legend(figure, cycle)
+        style(cycle, "fast updates since the last sync", "points since it")
+    legend(figure, cycle)
     return figure
 
 
@@ -405,10 +414,10 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
             and record["settings"]["seed"] != seed
         ]
     for axes in (adam, sgd):
-        _style(axes, "learning rate", "validation perplexity")
+        style(axes, "learning rate", "validation perplexity")
     label = "validation perplexity, tuned"
     draw_measure(epochs, "validation_perplexity", label, runs, LANGUAGE_CURVES)
-    _legend(figure, epochs)
+    legend(figure, epochs)
     return figure
 
 
@@ -535,21 +544,6 @@ def _plot(
         axes.plot(
             [position] * len(values), values, "o", color=curve.color, markersize=4
         )
-
-
-def _style(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False
-    )
 
 
 if __name__ == "__main__":
