@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _decay, _private, _rows, _tables
+from keras_lookahead_lazy import _decay, _look_ups, _private, _rows, _tables
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
 
@@ -27,18 +26,27 @@ class Table:
         slots: the inner optimizer's slots for it, by name.
         log_rates: logarithm of each slot's decay in a step without gradient, where
             the step is computed on rows.
-        last_update: int32 variable of shape `(vocabulary,)`, the update up to
-            which a row's slots are current; `None` in the masked form.
+        last_update: int32 variable of shape `(vocabulary,)`, the update that moved
+            a row last; `None` where the backend has no place to note it.
+        caught_up: int32 scalar, the update up to which all slots are current. A
+            row's slots are current up to this or to its last update.
         constraint: the user's constraint on the table.
         reason: why the masked form is used, or `None`.
+        slow: the slow copy that a Lookahead around this keeps of the table, if rows
+            are copied there when a cycle first moves them.
+        lookups: number of look-ups in the step traced last, where it is known and
+            the step works on rows.
     """
 
     variable: keras.Variable
     slots: dict[str, keras.Variable]
     log_rates: dict[str, float]
     last_update: keras.Variable | None
+    caught_up: keras.Variable | None
     constraint: OnSampledRows | None
     reason: str | None
+    slow: keras.Variable | None = None
+    lookups: int | None = None
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -57,9 +65,9 @@ class LazyOptimizer(OptimizerWrapper):
     in the batch. `moments` chooses \(s'_i\). All other weights are updated exactly
     as by the inner optimizer.
 
-    Where the gradient is sparse, or the backend allows, a step reads and writes the
-    sampled rows and no others, in both modes: a row's slots catch up on the decay
-    they missed when the row is next sampled, or when `variables` is read.
+    A table that is only looked up has a gradient that is known by rows. Its step
+    reads and writes those rows and no others, in both modes: a row's slots catch up
+    on the decay they missed when the row is next sampled, or in `catch_up()`.
 
     Example:
 
@@ -104,9 +112,9 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
-        self._may_lag = False
-        self._tracks_moved_rows = False
-        self._remember(_sources=sources, _tables=[])
+        self._remember(
+            _sources=sources, _tables=[], _by_key={}, _row_gradients={}, _lookahead=None
+        )
 
     @_private.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
@@ -127,7 +135,7 @@ class LazyOptimizer(OptimizerWrapper):
     def moments(self, moments: str) -> None:
         _check_moments(moments)
         if self.built:
-            self._catch_up()
+            self.catch_up()
         self._moments = moments
 
     @property
@@ -166,8 +174,10 @@ class LazyOptimizer(OptimizerWrapper):
                 for v in (table.variable, *table.slots.values())
             }
         )
-        self._may_lag = engine.SLOTS_MAY_LAG
         self._take_over()
+        _look_ups.look_up_by_rows(
+            self, [table.variable for table in self._tables if table.reason is None]
+        )
 
     def _make_table(self, variable: keras.Variable) -> Table:
         inner = _private.innermost(self.inner_optimizer)
@@ -179,18 +189,33 @@ class LazyOptimizer(OptimizerWrapper):
             reason += "one by one and to decay in closed form"
         elif not _acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
-        last_update = constraint = None
-        if reason is None:
+        last_update = caught_up = constraint = None
+        if engine.SELECTS_UPDATES and (
+            inner.gradient_accumulation_steps or self._scales_the_loss()
+        ):
+            # The optimizer that decides whether to update knows its own variables
+            # only, so nothing can be noted beside them.
+            reason = reason or "gradient accumulation or loss scaling inside"
+        else:
             last_update = self.add_variable(
                 shape=variable.shape[:1],
                 dtype="int32",
                 layout=engine.row_layout(variable),
                 name="last_update",
             )
+            caught_up = self.add_variable(shape=(), dtype="int32", name="caught_up")
         if variable.constraint is not None:
             constraint = OnSampledRows(variable.constraint)
             variable.constraint = constraint
-        return Table(variable, slots, log_rates or {}, last_update, constraint, reason)
+        return Table(
+            variable,
+            slots,
+            log_rates or {},
+            last_update,
+            caught_up,
+            constraint,
+            reason,
+        )
 
     def _take_over(self) -> None:
         """Put this optimizer's step on tables in the inner optimizer's place."""
@@ -225,18 +250,49 @@ class LazyOptimizer(OptimizerWrapper):
             trainable_variables: the variables; by default those of `build`.
         """
         self._build_on_first_use(trainable_variables)
-        if not engine.SLOTS_MAY_LAG:  # but those from a file do
-            self._catch_up_unless_recording()
         updates = engine.read_count(self._iterations)
-        if self._uses_whole_gradients():
-            variables = trainable_variables or self._trainable_variables
-            grads = [
-                g if self._table(v) is None else engine.sum_duplicates(g)
-                for g, v in zip(grads, variables, strict=True)
-            ]
+        variables = trainable_variables or self._trainable_variables
+        pairs = list(zip(grads, variables, strict=True))
+        left_out = self._tables_left_out(pairs)
+        for table in left_out:
+            self._catch_up_if(table.caught_up < updates, [table])
+        grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
         with self._constraints_on_sampled_rows():
             updated = self._apply_inner(grads, trainable_variables)
+        self._row_gradients.clear()
+        for table in left_out:  # a step without a gradient is none of zeros
+            table.caught_up.assign(ops.cast(updates + updated, "int32"))
         engine.write_count(self._iterations, updates + updated)
+
+    def _tables_left_out(self, pairs: list[tuple]) -> list[Table]:
+        """Tables that get no gradient in this step, whose slots might decay."""
+        given = {self._var_key(v) for g, v in pairs if g is not None}
+        return [
+            table
+            for table in self._tables
+            if table.caught_up is not None
+            and any(table.log_rates.values())
+            and self._var_key(table.variable) not in given
+        ]
+
+    def _prepare(self, gradient: Any, variable: Any) -> Any:
+        """A table's gradient in the form in which Keras may compute with it.
+
+        Where look-ups are all that the gradient of a table consists of, Keras gets
+        their sums over duplicates, of shape `(look-ups, ...)`: clipping and scaling
+        do to them what they would do to the whole. The rows' ids wait here.
+        """
+        table = self._table(variable)
+        if table is None or gradient is None:
+            return gradient
+        if table.reason is None and not self.gradient_accumulation_steps:
+            found = engine.row_gradient(gradient, variable)
+            if found is not None:
+                sums, *self._row_gradients[self._var_key(variable)] = found
+                return sums
+        if self._uses_whole_gradients():
+            return engine.sum_duplicates(gradient)
+        return engine.whole(gradient)
 
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
@@ -273,25 +329,45 @@ class LazyOptimizer(OptimizerWrapper):
         """
         decays = self._moments == "decay"
         row_by_row = table.reason is None
+        noted = table.last_update is not None
         kept = dict(table.slots)
-        if row_by_row and self._keeps_last_update:
+        if noted:
             kept["last_update"] = table.last_update
+        if table.slow is not None:
+            kept["slow"] = table.slow
         rows, (weight_rows, *kept_rows) = engine.find_rows(
-            gradient, [variable, *kept.values()], every_row=not row_by_row
+            gradient,
+            [variable, *kept.values()],
+            every_row=not row_by_row,
+            lookups=self._row_gradients.get(self._var_key(table.variable)),
         )
+        every_row = rows.indices is None
+        table.lookups = None if every_row else engine.size(rows.indices)
 
         weight = _rows.RowView(weight_rows, table.variable, rows.sampled, row_by_row)
         views = {}
-        for (name, whole), values in zip(kept.items(), kept_rows, strict=True):
-            by_row = tuple(whole.shape[:1]) == tuple(table.variable.shape[:1])
-            sampled = rows.sampled if by_row and not decays else None
+        for name, values in zip(kept, kept_rows, strict=True):
+            # Of the whole table, slots decay in this step where no row was sampled.
+            whole = kept[name]
+            stays = not (decays and every_row) or name in ("last_update", "slow")
+            by_row = name not in table.slots or self._is_by_row(whole, table)
+            sampled = rows.sampled if by_row and stays else None
             views[name] = _rows.RowView(values, whole, sampled, row_by_row)
 
-        if "last_update" in views:
+        if noted:
             now = ops.cast(engine.read_count(self._iterations) + 1, "int32")
             last_update = views["last_update"]
-            if decays:
-                self._decay(table, views, now - 1 - last_update.value)
+            if decays and table.log_rates:
+                caught_up = engine.read_rows(table.caught_up, variable, None)
+                current = ops.maximum(last_update.value, caught_up)
+                self._decay(table, views, now - 1 - current)
+                if every_row:
+                    engine.write_rows(table.caught_up, variable, None, now)
+            if table.slow is not None:
+                in_cycle = ops.cast(self._lookahead.updates_in_cycle(), "int32")
+                is_first = last_update.value <= now - 1 - in_cycle
+                slow = views["slow"]
+                slow.assign(_rows.where(is_first, weight.value, slow.value))
             last_update.assign(now + ops.zeros_like(last_update.value))
 
         inner = _private.innermost(self.inner_optimizer)
@@ -307,6 +383,9 @@ class LazyOptimizer(OptimizerWrapper):
         for name, view in views.items():
             engine.write_rows(kept[name], variable, rows.indices, view.settle())
 
+    def _is_by_row(self, slot: keras.Variable, table: Table) -> bool:
+        return tuple(slot.shape[:1]) == tuple(table.variable.shape[:1])
+
     def _decay(self, table: Table, slots: dict, missed: Any) -> None:
         """Let slots catch up on the steps in which their rows were not sampled."""
         missed = ops.maximum(missed, 0)
@@ -315,20 +394,26 @@ class LazyOptimizer(OptimizerWrapper):
                 slot = slots[name]
                 slot.assign(_rows.decayed(slot.value, log_rate, missed))
 
-    def _catch_up(self) -> None:
-        self.catch_up_if(ops.convert_to_tensor(True))
-        self._may_lag = engine.SLOTS_MAY_LAG
+    def catch_up(self) -> None:
+        """Make the slots of every row current, which a step does for its rows only.
+
+        Call it before slots are read, between two calls of `fit`. Training goes on
+        the same with and without it, but for rounding.
+        """
+        self._catch_up_if(ops.convert_to_tensor(True), self._tables)
 
     def catch_up_if(self, predicate: Any) -> None:
-        """Make every row's slots current, if `predicate` (a scalar bool tensor)."""
-        if not self._may_lag:
-            return
-        for table in self._tables:
-            if table.last_update is None:
+        """`catch_up()`, in a compiled step, if `predicate` (a scalar bool tensor)."""
+        self._catch_up_if(predicate, self._tables)
+
+    def _catch_up_if(self, predicate: Any, tables: list[Table]) -> None:
+        for table in tables:
+            if table.caught_up is None:
                 continue
 
-            def settle(last_update: Any, *values: Any, table: Table = table) -> tuple:
+            def catch_up(caught_up: Any, *values: Any, table: Table = table) -> tuple:
                 now = ops.cast(engine.read_count(self._iterations), "int32")
+                last_update, *values = values
                 slots = {
                     name: _rows.RowView(value, slot, None, at_once=True)
                     for (name, slot), value in zip(
@@ -336,57 +421,62 @@ class LazyOptimizer(OptimizerWrapper):
                     )
                 }
                 if self._moments == "decay":
-                    self._decay(table, slots, now - last_update)
-                current = now + ops.zeros_like(last_update)
-                return (current, *(slot.value for slot in slots.values()))
+                    current = ops.maximum(last_update, caught_up)
+                    self._decay(table, slots, now - current)
+                return (
+                    now + ops.zeros_like(caught_up),
+                    last_update,
+                    *(slot.value for slot in slots.values()),
+                )
 
-            group = (table.last_update, *table.slots.values())
-            engine.update_if(predicate, [group], settle)
+            group = (table.caught_up, table.last_update, *table.slots.values())
+            engine.update_if(predicate, [group], catch_up)
 
-    @property
-    def _keeps_last_update(self) -> bool:
-        """Whether somebody reads `last_update`, so that steps have to write it."""
-        return engine.SLOTS_MAY_LAG and (
-            self._moments == "decay" or self._tracks_moved_rows
-        )
+    # What a Lookahead around this needs: which rows moved
 
-    def track_moved_rows(self) -> None:
-        """Note from now on which rows move, for `moved_rows`."""
-        self._tracks_moved_rows = True
+    def copy_moved_rows(
+        self, lookahead: Any, copies: list[tuple[keras.Variable, keras.Variable]]
+    ) -> list:
+        """Take the slow copy of a table's row when a cycle first moves the row.
 
-    def moved_rows(self, variable: Any, updates: int) -> Any:
-        """Rows of a table (or of a slot) that the last `updates` updates moved.
+        Args:
+            lookahead: the optimizer around this, which says how far its cycle is.
+            copies: weights with their slow copies.
 
         Returns:
-            An int tensor, or `None` for all rows.
+            The tables for which this will be done.
         """
+        if self.ema_overwrite_frequency:  # that moves every row
+            return []
+        self._remember(_lookahead=lookahead)
+        for variable, slow in copies:
+            table = self._table(variable)
+            if table is not None and table.last_update is not None:
+                table.slow = slow
+        return [table.variable for table in self._tables if table.slow is not None]
+
+    def copy_no_rows(self) -> None:
+        """Leave slow copies to the Lookahead around this."""
+        self._remember(_lookahead=None)
+        for table in self._tables:
+            table.slow = None
+
+    def last_update_of(self, variable: Any) -> tuple[keras.Variable, Any, int | None]:
+        """When each row of a table moved last, the count of updates now, look-ups."""
         table = self._table(variable)
-        if table is None or table.last_update is None or self.ema_overwrite_frequency:
-            return None
-        now = engine.read_count(self._iterations)
-        return engine.rows_since(table.last_update, variable, now - updates)
+        now = ops.cast(engine.read_count(self._iterations), "int32")
+        return table.last_update, now, table.lookups
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The wrapper's own variables, then the inner optimizer's, caught up."""
-        self._catch_up_unless_recording()
+        """The wrapper's own variables, then the inner optimizer's.
+
+        On TensorFlow and torch slots are caught up. On JAX, where `fit` keeps their
+        values elsewhere, they may lag until `catch_up()`.
+        """
+        if engine.VARIABLES_HOLD_STATE and self.built and not engine.is_recording():
+            self.catch_up()
         return super().variables
-
-    def _catch_up_unless_recording(self) -> None:
-        lags = self.built and self._may_lag and self._moments == "decay"
-        if lags and not engine.is_recording():
-            self._catch_up()
-
-    def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
-        value = super()._value_to_save(variable)
-        counts_rows = any(variable is table.last_update for table in self._tables)
-        if counts_rows and not self._keeps_last_update:  # then all rows are current
-            return np.full_like(value, super()._value_to_save(self._iterations))
-        return value
-
-    def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(store)
-        self._may_lag = True
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""

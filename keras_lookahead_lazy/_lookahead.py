@@ -10,9 +10,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lookahead_lazy import _private
+from keras_lookahead_lazy import _private, _rows
 from keras_lookahead_lazy._backend import engine
-from keras_lookahead_lazy._lazy import LazyOptimizer
 from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
 
 INNER_STATES = ("maintain", "interpolate", "reset")
@@ -86,9 +85,7 @@ class Lookahead(OptimizerWrapper):
             return
         super().build(variables)
         self._make_slow_copies()
-        lazy = self._lazy_optimizer()
-        if lazy is not None:
-            lazy.track_moved_rows()
+        self._copy_rows_where_they_move()
 
     @_private.no_automatic_dependency_tracking
     def _make_slow_copies(self) -> None:
@@ -122,42 +119,122 @@ class Lookahead(OptimizerWrapper):
         """
         self._build_on_first_use(trainable_variables)
         updates = engine.read_count(self._iterations)
-        engine.back_up_first(updates, self._pairs + self._slot_pairs)
+        is_first = updates == 0
+        if self._slot_pairs and self._inside is not None:
+            self._inside.catch_up_if(is_first)
+        by_row = {id(fast) for fast in self._by_row}
+        pairs = [pair for pair in self._pairs if id(pair[0]) not in by_row]
+        engine.back_up_if(is_first, pairs + self._slot_pairs)
+
         updated = self._apply_inner(grads, trainable_variables)
+
         updates = updates + updated
         is_sync = (updated == 1) & (updates % self.k == 0)
-        engine.pull_back_if(is_sync, self._pairs, self.alpha, self._moved_rows)
+        given = self._trainable_variables
+        if trainable_variables is not None:
+            given = trainable_variables
+        given = {self._var_key(variable) for variable in given}
+        present = [pair for pair in pairs if self._var_key(pair[0]) in given]
+        left_out = [pair for pair in pairs if self._var_key(pair[0]) not in given]
+        engine.sync_if(is_sync, present, self.alpha)
+        engine.back_up_if(is_sync, left_out)
+        for fast, slow in self._pairs:
+            if id(fast) in by_row and self._var_key(fast) in given:
+                self._sync_rows_if(is_sync, fast, slow)
         self._sync_slots_if(is_sync)
         engine.write_count(self._iterations, updates)
 
+    def _sync_rows_if(self, is_sync: Any, fast: Any, slow: Any) -> None:
+        """The sync of a table of which only some rows moved in this cycle."""
+        last_update, now, lookups = self._inside.last_update_of(fast)
+        most = lookups and self.k * lookups
+        group = (fast, slow, last_update)
+        engine.sync_rows_if(is_sync, group, now - self.k, self.alpha, most)
+
     def _sync_slots_if(self, is_sync: Any) -> None:
-        lazy = self._lazy_optimizer()
-        if self._slot_pairs:
-            if lazy is not None:
-                lazy.catch_up_if(is_sync)
-            engine.pull_back_if(is_sync, self._slot_pairs, self.alpha)
+        if not self._slot_pairs and not self._initial_slots:
+            return
+        if self._inside is not None:
+            self._inside.catch_up_if(is_sync)
+        engine.sync_if(is_sync, self._slot_pairs, self.alpha)
         for slot, value in self._initial_slots:
             engine.update_if(
                 is_sync,
                 [(slot,)],
                 lambda old, value=value: (ops.full_like(old, value),),
-                self._moved_rows,
             )
 
-    def _moved_rows(self, variable: Any) -> Any:
-        """Rows of a weight or slot that this cycle moved; `None` for all.
+    # Rows of lazy tables: their slow copy is taken when the cycle first moves them
 
-        The others are where the sync would put them: fast equals slow since the
-        last one, and a slot that was reset and not touched is still what it was.
-        """
-        lazy = self._lazy_optimizer()
-        return None if lazy is None else lazy.moved_rows(variable, self.k)
-
-    def _lazy_optimizer(self) -> LazyOptimizer | None:
+    @_private.no_automatic_dependency_tracking
+    def _copy_rows_where_they_move(self) -> None:
+        self._inside, self._by_row = None, []
         for optimizer in chain(self.inner_optimizer):
-            if isinstance(optimizer, LazyOptimizer):
-                return optimizer
-        return None
+            if isinstance(optimizer, OptimizerWrapper):
+                self._inside = optimizer
+                break
+        # JAX's optimizer that may skip an update cannot write this one's variables.
+        between = chain(self.inner_optimizer)[0] is not self._inside
+        if self._inside is not None and not (between and engine.SELECTS_UPDATES):
+            self._by_row = self._inside.copy_moved_rows(self, self._pairs)
+
+    def copy_moved_rows(self, lookahead: Any, copies: list) -> list:
+        """Inside of another Lookahead: no rows.
+
+        The two move rows behind each other's back, so both work on whole tables.
+        """
+        for fast, slow in self._pairs:
+            if any(fast is table for table in self._by_row):
+                slow.assign(self._slow_value(fast, slow))
+        if self._by_row:
+            self._inside.copy_no_rows()
+            self._by_row.clear()
+        return []
+
+    def catch_up_if(self, predicate: Any) -> None:
+        """Make slots that lag behind current, if `predicate`."""
+        if self._inside is not None:
+            self._inside.catch_up_if(predicate)
+
+    def updates_in_cycle(self) -> Any:
+        """Number of updates since the last sync, or since the first update."""
+        return engine.read_count(self._iterations) % self.k
+
+    def _slow_value(self, fast: keras.Variable, slow: keras.Variable) -> Any:
+        """The slow weights; of a row that has not moved since, the weights."""
+        if not any(fast is table for table in self._by_row):
+            return ops.convert_to_tensor(slow)
+        last_update, now, _ = self._inside.last_update_of(fast)
+        moved = last_update.value > now - ops.cast(self.updates_in_cycle(), "int32")
+        return _rows.where(moved, slow.value, fast.value)
+
+    def restart(self) -> None:
+        """Make the next update the first: phi := theta, and a new cycle.
+
+        For weights that were replaced in the middle of a cycle (`set_weights`, a
+        callback that restores): otherwise the next sync pulls them toward the slow
+        weights from before.
+
+        Example:
+
+        >>> import keras
+        >>> from keras_lookahead_lazy import Lookahead
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> lookahead = Lookahead("adam")
+        >>> model.compile(optimizer=lookahead, loss="mse")
+        >>> model.set_weights([weight + 1 for weight in model.get_weights()])
+        >>> lookahead.restart()
+        """
+        engine.write_count(self._iterations, 0)
+
+    def finalize_variable_values(self, var_list: list) -> None:
+        """Let the inner optimizer set the weights that training ends on.
+
+        With `use_ema` they are the averages; the next update is then the first.
+        """
+        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            self.restart()
 
     @contextlib.contextmanager
     def slow_weights(self, model: keras.Model) -> Iterator[None]:
@@ -205,7 +282,8 @@ class Lookahead(OptimizerWrapper):
         if int(ops.convert_to_numpy(self._iterations)) == 0:
             return
         for fast, slow in self._pairs:
-            fast.assign(ops.copy(slow))  # never one buffer for both: JAX donates it
+            # Never one buffer for both: JAX donates it.
+            fast.assign(ops.copy(self._slow_value(fast, slow)))
 
     def _check_trains(self, model: keras.Model) -> None:
         weights = {id(weight) for weight in model.trainable_variables}

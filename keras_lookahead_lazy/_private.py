@@ -14,11 +14,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend.common import global_state
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = [
     "apply_weight_decay",
+    "called_model",
     "compile_arguments",
     "innermost",
     "no_automatic_dependency_tracking",
@@ -135,6 +137,12 @@ def with_rows(
 def apply_weight_decay(optimizer: keras.Optimizer, variable: Any) -> None:
     """The optimizer's own decoupled weight decay, on one weight."""
     optimizer._apply_weight_decay([variable])
+
+
+def called_model() -> Any:
+    """The model or layer that the user (or `fit`) called, in whose call this runs."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return getattr(context, "entry_layer", None)
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def decayed(value: Any, log_rate: float, steps: Any) -> Any:
     return value * _as_column(factor, len(value.shape))
 
 
+def where(rows: Any, new: Any, old: Any) -> Any:
+    """`new` in the rows that are `True` in the vector `rows`, else `old`."""
+    return ops.where(_as_column(rows, len(new.shape)), new, old)
+
+
 def _as_column(vector: Any, rank: int) -> Any:
     """`vector` of shape `(n,)` as `(n, 1, ..., 1)`, to broadcast over rows."""
     return ops.reshape(vector, (-1,) + (1,) * (rank - 1))
@@ -97,5 +102,4 @@ class RowView(keras.Variable):
 
     def _keep_unsampled(self) -> None:
         if self._sampled is not None:
-            sampled = _as_column(self._sampled, self._ndim)
-            self._value = ops.where(sampled, self._value, self._unchanged)
+            self._value = where(self._sampled, self._value, self._unchanged)

@@ -3,32 +3,137 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+from jax.experimental.sparse import JAXSparse
 
 from keras_lookahead_lazy._rows import Rows
 
 Groups = list[tuple[Any, ...]]
 
-# Whether slots of rows that were not sampled may be behind (see `LazyOptimizer`).
-SLOTS_MAY_LAG = False
-
-
-def all_rows(variable: Any) -> None:
-    return None
+# Whether variables hold the state while `fit` runs, which keeps it in arrays here.
+VARIABLES_HOLD_STATE = False
+# Whether an inner optimizer computes every update and then chooses old or new values.
+SELECTS_UPDATES = True
+# Rows pay when a table has so many times more rows than a step has look-ups
+# (measured): XLA fuses a masked update into the pass that the dense step makes.
+ROWS_PER_LOOK_UP = 8
 
 
 # Which rows were sampled
+#
+# JAX's gradient of a table is an array of the table's shape. All look-ups of a table
+# read one private copy of it, the gateway's (which costs nothing: it is an identity).
+# In the backward pass each notes ids and gradients of its rows, and the gateway notes
+# the sum. So a gradient that *is* that sum, the same object, consists of those rows
+# and nothing else, and where the optimizer takes the rows nobody computes the sum.
+
+
+class _Gateway:
+    """The private copy of one table in one trace, and what its look-ups noted."""
+
+    def __init__(self, table: jax.Array) -> None:
+        self.table = weakref.ref(table)
+        self.noted: list[tuple[jax.Array, jax.Array]] = []
+        identity = jax.custom_vjp(lambda table: table)
+        identity.defvjp(lambda table: (table, None), self._note_sum)
+        self.private = identity(table)
+
+    def _note_sum(self, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+        noted, self.noted[:] = list(self.noted), []
+        key = id(gradient)
+        forget = functools.partial(_forget, _sums, key)
+        _sums[key] = weakref.ref(gradient, forget), noted
+        return (gradient,)
+
+    def look_up(self, ids: jax.Array) -> jax.Array:
+        shape, dtype = self.private.shape, self.private.dtype
+
+        def backward(ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+            self.noted.append((ids, gradient))
+            return jnp.zeros(shape, dtype).at[ids].add(gradient), None
+
+        take = jax.custom_vjp(lambda table, ids: jnp.take(table, ids, axis=0))
+        take.defvjp(lambda table, ids: (jnp.take(table, ids, axis=0), ids), backward)
+        return take(self.private, ids)
+
+
+# By the id of the table's value, and of the sum: tracers compare by value.
+_gateways: dict[int, _Gateway] = {}
+_sums: dict[int, tuple[weakref.ref, list]] = {}
+
+
+def _forget(entries: dict, key: int, _: weakref.ref) -> None:
+    entries.pop(key, None)
+
+
+def is_dense(ids: Any) -> bool:
+    return not isinstance(ids, JAXSparse)
+
+
+def look_up(table: keras.Variable, ids: Any) -> jax.Array:
+    """Rows of a table, noted in the backward pass."""
+    value = table.value
+    if not isinstance(value, jax.core.Tracer):
+        return jnp.take(value, ids, axis=0)
+    gateway = _gateways.get(id(value))
+    if gateway is None or gateway.table() is not value:
+        gateway = _gateways[id(value)] = _Gateway(value)
+        weakref.finalize(value, _gateways.pop, id(value), None)
+    return gateway.look_up(jnp.asarray(ids))
+
+
+def row_gradient(gradient: Any, variable: keras.Variable) -> tuple | None:
+    """A gradient that consists of look-ups alone, in arrays of fixed shapes.
+
+    Returns:
+        Sums over duplicates in as many rows as there are look-ups, of which the
+        first are used; the rows' ids, sorted; for each of them the position of its
+        sum. `None` for a gradient that has other parts, and for a small table.
+    """
+    whole, noted = _sums.get(id(gradient), (None, []))
+    if whole is None or whole() is not gradient or not noted:
+        return None
+    # Inside of a scan or a checkpoint, look-ups belong to another trace.
+    if any(_trace(array) is not _trace(gradient) for pair in noted for array in pair):
+        return None
+    rows, *row_shape = variable.shape
+    ids = jnp.concatenate([ids.ravel() for ids, _ in noted])
+    if rows < ROWS_PER_LOOK_UP * len(ids):
+        return None
+    values = [values.reshape(-1, *row_shape) for _, values in noted]
+    ids = jnp.where(ids < 0, ids + rows, ids)
+    indices, order = jax.lax.sort((ids, jnp.arange(len(ids))), num_keys=1)
+    is_new = jnp.concatenate([jnp.zeros(1, bool), indices[1:] != indices[:-1]])
+    position = jnp.cumsum(is_new)
+    sums = jax.ops.segment_sum(
+        jnp.concatenate(values)[order], position, len(ids), indices_are_sorted=True
+    )
+    return sums, indices, position
+
+
+def _trace(array: Any) -> Any:
+    return getattr(array, "_trace", None)
+
+
+def whole(gradient: Any) -> jax.Array:
+    return gradient.todense() if isinstance(gradient, JAXSparse) else gradient
+
+
+def size(indices: jax.Array) -> int | None:
+    return indices.shape[0]
 
 
 def find_rows(
-    gradient: jax.Array, variables: list, every_row: bool
+    gradient: jax.Array, variables: list, every_row: bool, lookups: Any = None
 ) -> tuple[Rows, list]:
-    """The rows of a table that the dense `gradient` touches: all, and a mask.
+    """The rows of a table that `gradient` touches; of a dense one all, and a mask.
 
     A compiled program cannot have as many rows as happen to be sampled. XLA fuses
     the masked update into the one pass that the inner optimizer makes anyway.
@@ -36,27 +141,42 @@ def find_rows(
     Args:
         variables: the table and what is kept for it.
         every_row: whether the step needs the whole table.
+        lookups: ids and positions, if `gradient` holds the sums of `row_gradient`.
 
     Returns:
         The rows, and the values of each of the variables there.
     """
+    indices = None
+    if lookups is not None:
+        indices, position = lookups
+        gradient = gradient[position]
     axes = tuple(range(1, gradient.ndim))
     # XLA fuses a maximum into one pass over the gradient, but not `any(... != 0)`.
-    rows = Rows(None, gradient, jnp.max(jnp.abs(gradient), axis=axes) != 0)
-    return rows, [variable.value for variable in variables]
+    sampled = jnp.max(jnp.abs(gradient), axis=axes) != 0
+    values = [read_rows(variable, None, indices) for variable in variables]
+    return Rows(indices, gradient, sampled), values
 
 
 def sum_duplicates(gradient: jax.Array) -> jax.Array:
     """Dense gradients are sums already."""
-    return gradient
+    return whole(gradient)
 
 
 # Reading and writing rows
 
 
+def read_rows(variable: keras.Variable, like: Any, indices: Any) -> jax.Array:
+    value = variable.value
+    return value if indices is None else value.at[indices].get(mode="clip")
+
+
 def write_rows(
-    variable: keras.Variable, like: Any, indices: None, values: jax.Array
+    variable: keras.Variable, like: Any, indices: Any, values: jax.Array
 ) -> None:
+    if indices is not None:
+        values = variable.value.at[indices].set(
+            values, mode="drop", indices_are_sorted=True
+        )
     variable.assign(values)
 
 
@@ -67,11 +187,6 @@ def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
         return None
     by_row = jax.sharding.PartitionSpec(*sharding.spec[:1])
     return jax.sharding.NamedSharding(sharding.mesh, by_row)
-
-
-def rows_since(last_update: Any, like: Any, step: Any) -> None:
-    """All rows: those that did not move are where a sync puts them."""
-    return None
 
 
 # Counting and branching inside the compiled function
@@ -85,9 +200,7 @@ def write_count(variable: keras.Variable, count: jax.Array) -> None:
     variable.assign(count)
 
 
-def update_if(
-    predicate: Any, groups: Groups, function: Callable, moved: Callable = all_rows
-) -> None:
+def update_if(predicate: Any, groups: Groups, function: Callable) -> None:
     """For each group of variables, assign `function` of their values, if `predicate`.
 
     Values go through the condition and are assigned behind it: assigning in a
@@ -111,8 +224,8 @@ def update_if(
             variable.assign(value)
 
 
-def back_up_first(updates: Any, pairs: Groups) -> None:
-    """slow := fast, before the first update.
+def back_up_if(predicate: Any, pairs: Groups) -> None:
+    """slow := fast, if `predicate`.
 
     Both take one value that XLA cannot see to be `fast`. Were `fast` only read
     here, XLA would copy it in every step, to be safe from the update that
@@ -120,22 +233,66 @@ def back_up_first(updates: Any, pairs: Groups) -> None:
     """
 
     def back_up(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
-        same = jnp.where(updates < 0, slow, fast)
+        same = jnp.where(predicate, fast, slow)
         return same, same
 
-    update_if(updates == 0, pairs, back_up)
+    update_if(predicate, pairs, back_up)
 
 
-def pull_back_if(
-    predicate: Any, pairs: Groups, alpha: float, moved: Callable = all_rows
-) -> None:
+def sync_if(predicate: Any, pairs: Groups, alpha: float) -> None:
     """slow := slow + alpha (fast - slow); fast := slow, if `predicate`."""
 
-    def pull_back(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sync(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
         point = slow + jnp.asarray(alpha, slow.dtype) * (fast - slow)
         return point, point
 
-    update_if(predicate, pairs, pull_back)
+    update_if(predicate, pairs, sync)
+
+
+def sync_rows_if(
+    predicate: Any,
+    group: tuple[Any, Any, Any],
+    since: Any,
+    alpha: float,
+    most: int | None,
+) -> None:
+    """fast := slow + alpha (fast - slow) in rows moved after `since`, if `predicate`.
+
+    It is a loop of, as a rule, one round, over `most` rows a round: XLA updates in
+    place what a loop carries, but copies what a condition leaves alone.
+
+    Args:
+        group: fast weights, slow weights, the update that moved each row last.
+        most: how many rows are expected to have moved at most; `None` for all.
+    """
+    fast, slow, last_update = (variable.value for variable in group)
+    size = min(most or len(fast), len(fast))
+    alpha = jnp.asarray(alpha, fast.dtype)
+
+    def pending(carry: tuple) -> jax.Array:
+        start, total, _ = carry
+        return start < total
+
+    def sync_all(carry: tuple) -> tuple:
+        _, _, fast = carry
+        moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
+        fast = jnp.where(moved, slow + alpha * (fast - slow), fast)
+        return jnp.int32(1), jnp.int32(1), fast
+
+    def sync_some(carry: tuple) -> tuple:
+        start, _, fast = carry
+        rank = jnp.cumsum(last_update > since, dtype="int32")
+        wanted = start + jnp.arange(1, size + 1, dtype="int32")
+        rows = jnp.searchsorted(rank, wanted)  # past the end where there is no more
+        old = slow.at[rows].get(mode="clip")
+        point = old + alpha * (fast.at[rows].get(mode="clip") - old)
+        fast = fast.at[rows].set(point, mode="drop")
+        return start + size, rank[-1], fast
+
+    # How many have moved is known after the first round.
+    start = (jnp.int32(0), jnp.asarray(predicate, "int32"), fast)
+    sync = sync_some if size < len(fast) else sync_all
+    group[0].assign(jax.lax.while_loop(pending, sync, start)[2])
 
 
 # What else differs
@@ -157,7 +314,7 @@ def apply(optimizer: keras.Optimizer, grads: list, variables: list | None) -> No
     `LossScaleOptimizer.apply` assigns variables in a branch, which JAX forbids;
     its `stateless_apply` does not.
     """
-    if not hasattr(optimizer, "inner_optimizer"):
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.apply(grads, variables)
         return
     weights = optimizer._trainable_variables

@@ -14,18 +14,45 @@ from keras_lookahead_lazy._rows import Rows
 
 Groups = list[tuple[Any, ...]]
 
-# Whether slots of rows that were not sampled may be behind (see `LazyOptimizer`).
-SLOTS_MAY_LAG = True
-
-
-def all_rows(variable: Any) -> None:
-    return None
+# Whether variables hold the state while `fit` runs.
+VARIABLES_HOLD_STATE = True
+# Whether an inner optimizer computes every update and then chooses old or new values.
+SELECTS_UPDATES = False
+# Under XLA, where both have fixed shapes, rows pay when a table has so many times
+# more rows than a step has look-ups (measured).
+ROWS_PER_LOOK_UP = 8
 
 
 # Which rows were sampled
 
 
-def find_rows(gradient: Any, variables: list, every_row: bool) -> tuple[Rows, list]:
+def is_dense(ids: Any) -> bool:
+    return not isinstance(ids, (tf.SparseTensor, tf.RaggedTensor))
+
+
+def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
+    """Rows of a table, read from the variable itself and not from a copy of it."""
+    ids = tf.convert_to_tensor(ids)
+    ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
+    return tf.gather(table.value, ids)
+
+
+def row_gradient(gradient: Any, variable: Any) -> None:
+    """`tf.IndexedSlices` go through Keras as they are: replicas have to add them."""
+    return None
+
+
+def whole(gradient: Any) -> Any:
+    return gradient
+
+
+def size(indices: tf.Tensor) -> int | None:
+    return indices.shape[0]
+
+
+def find_rows(
+    gradient: Any, variables: list, every_row: bool, lookups: Any = None
+) -> tuple[Rows, list]:
     """The rows of a table that `gradient` (dense or `tf.IndexedSlices`) touches.
 
     Under XLA a row that was drawn n times is worked on n times, with the same sum
@@ -43,7 +70,8 @@ def find_rows(gradient: Any, variables: list, every_row: bool) -> tuple[Rows, li
     def read(indices: Any) -> list:
         return [read_rows(variable, variables[0], indices) for variable in variables]
 
-    if isinstance(gradient, tf.IndexedSlices) and not every_row:
+    slices = isinstance(gradient, tf.IndexedSlices) and not every_row
+    if slices and not (_in_xla() and _is_small(variables[0], gradient)):
         if _in_xla():
             indices, position, sums = _sorted_sums(gradient)
             sums = tf.gather(sums, position)
@@ -60,6 +88,11 @@ def find_rows(gradient: Any, variables: list, every_row: bool) -> tuple[Rows, li
         return Rows(None, gradient, sampled), read(None)
     indices = tf.where(sampled)[:, 0]
     return Rows(indices, tf.gather(gradient, indices), None), read(indices)
+
+
+def _is_small(table: Any, slices: tf.IndexedSlices) -> bool:
+    lookups = slices.indices.shape[0]
+    return not lookups or table.shape[0] < ROWS_PER_LOOK_UP * lookups
 
 
 def sum_duplicates(gradient: Any) -> Any:
@@ -174,13 +207,6 @@ def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
 
-def rows_since(last_update: Any, like: Any, step: Any) -> tf.Tensor | None:
-    """The rows updated after `step`; `None`, for all, where XLA fixes shapes."""
-    if _in_xla():
-        return None
-    return tf.where(_replica(last_update, like) > tf.cast(step, "int32"))[:, 0]
-
-
 # Counting and branching inside the graph
 
 
@@ -192,20 +218,14 @@ def write_count(variable: keras.Variable, count: tf.Tensor) -> None:
     variable.assign(count)
 
 
-def update_if(
-    predicate: Any, groups: Groups, function: Callable, moved: Callable = all_rows
-) -> None:
-    """For each group of variables, assign `function` of their values, if `predicate`.
-
-    `moved` names the rows to read and write, by the group's first variable.
-    """
+def update_if(predicate: Any, groups: Groups, function: Callable) -> None:
+    """For each group of variables, assign `function` of their values, if `predicate`."""
 
     def update(*variables: tf.Variable) -> None:
         first = variables[0]
-        rows = moved(first)
-        values = [read_rows(variable, first, rows) for variable in variables]
+        values = [read_rows(variable, first, None) for variable in variables]
         for variable, value in zip(variables, function(*values), strict=True):
-            write_rows(variable, first, rows, value)
+            write_rows(variable, first, None, value)
 
     _update_groups_if(predicate, groups, update)
 
@@ -259,43 +279,98 @@ def _run_if(predicate: tf.Tensor, function: Callable) -> None:
     tf.while_loop(lambda pending: pending, once, [predicate])
 
 
-def back_up_first(updates: Any, pairs: Groups) -> None:
-    """slow := fast, before the first update."""
+def back_up_if(predicate: Any, pairs: Groups) -> None:
+    """slow := fast, if `predicate`."""
 
     def back_up(fast: tf.Variable, slow: tf.Variable) -> None:
         value = fast.read_value()
         if _in_xla():
             # Both take one value that XLA cannot see to be `fast`. Were `fast` only
             # read here, XLA would copy it in every step, to be safe from the update.
-            value = tf.where(updates < 0, slow, value)
+            value = tf.where(predicate, value, slow)
             fast.assign(value, read_value=False)
         slow.assign(value, read_value=False)
 
-    _update_groups_if(updates == 0, pairs, back_up)
+    _update_groups_if(predicate, pairs, back_up)
 
 
-def pull_back_if(
-    predicate: Any, pairs: Groups, alpha: float, moved: Callable = all_rows
-) -> None:
+def sync_if(predicate: Any, pairs: Groups, alpha: float) -> None:
     """slow := slow + alpha (fast - slow); fast := slow, if `predicate`."""
 
-    def pull_back(fast: tf.Variable, slow: tf.Variable) -> None:
-        rows = moved(fast)
-        if rows is not None:
-            old = read_rows(slow, fast, rows)
-            step = read_rows(fast, fast, rows) - old
-            point = old + tf.cast(alpha, old.dtype) * step
-            write_rows(fast, fast, rows, point)
-            write_rows(slow, fast, rows, point)
-            return
-        # The same in place: no temporaries, and fewer passes over the weights.
+    def sync(fast: tf.Variable, slow: tf.Variable) -> None:
+        # In place: no temporaries, and fewer passes over the weights.
         fast.assign_sub(slow, read_value=False)
         tf.raw_ops.ResourceApplyGradientDescent(
             var=slow.handle, alpha=tf.cast(-alpha, slow.dtype), delta=fast
         )
         fast.assign(slow, read_value=False)
 
-    _update_groups_if(predicate, pairs, pull_back)
+    _update_groups_if(predicate, pairs, sync)
+
+
+def sync_rows_if(
+    predicate: Any,
+    group: tuple[Any, Any, Any],
+    since: Any,
+    alpha: float,
+    most: int | None,
+) -> None:
+    """fast := slow + alpha (fast - slow) in rows moved after `since`, if `predicate`.
+
+    Args:
+        group: fast weights, slow weights, the update that moved each row last.
+        most: how many rows are expected to have moved at most; `None` for all.
+    """
+    since = tf.cast(since, "int32")
+
+    def sync(fast: tf.Variable, slow: tf.Variable, last_update: tf.Variable) -> None:
+        def sync_rows(rows: tf.Tensor) -> None:
+            old = slow.sparse_read(rows)
+            step = fast.sparse_read(rows) - old
+            write_rows(fast, fast, rows, old + tf.cast(alpha, old.dtype) * step)
+
+        if not _in_xla():
+            sync_rows(tf.where(last_update > since)[:, 0])
+        elif most is None or most >= fast.shape[0]:
+            moved = tf.reshape(last_update > since, [-1] + [1] * (fast.shape.rank - 1))
+            old, new = tf.convert_to_tensor(slow), tf.convert_to_tensor(fast)
+            point = old + tf.cast(alpha, old.dtype) * (new - old)
+            fast.assign(tf.where(moved, point, new), read_value=False)
+        else:
+            _for_chunks(last_update > since, most, sync_rows)
+
+    _update_groups_if(predicate, [group], sync)
+
+
+def _for_chunks(chosen: tf.Tensor, size: int, function: Callable) -> None:
+    """Call `function` with the positions of `chosen`, `size` at a time, under XLA.
+
+    Places that are left over in the last chunk repeat its last position.
+    """
+    rank = tf.cumsum(tf.cast(chosen, "int32"))
+    total = rank[-1]
+
+    def chunk(start: tf.Tensor) -> tuple[tf.Tensor]:
+        wanted = tf.minimum(start + tf.range(1, size + 1), total)
+        function(_first_at_least(rank, wanted))
+        return (start + size,)
+
+    tf.while_loop(lambda start: start < total, chunk, [tf.zeros((), "int32")])
+
+
+def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
+    """Positions of the first entries that are `wanted` or more, by bisection.
+
+    XLA's `tf.searchsorted` compares all with all.
+    """
+    length = ascending.shape[0]
+    position = tf.zeros_like(wanted)
+    for bit in reversed(range(length.bit_length())):
+        further = position + 2**bit
+        before = tf.gather(ascending, tf.minimum(further, length) - 1)
+        is_before = (further <= length) & (before < wanted)
+        position = tf.where(is_before, further, position)
+    return position
 
 
 # What else differs

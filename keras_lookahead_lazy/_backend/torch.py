@@ -16,44 +16,91 @@ from keras_lookahead_lazy._rows import Rows
 
 Groups = list[tuple[Any, ...]]
 
-# Whether slots of rows that were not sampled may be behind (see `LazyOptimizer`).
-SLOTS_MAY_LAG = True
-
-
-def all_rows(variable: Any) -> None:
-    return None
+# Whether variables hold the state while `fit` runs.
+VARIABLES_HOLD_STATE = True
+# Whether an inner optimizer computes every update and then chooses old or new values.
+SELECTS_UPDATES = False
 
 
 # Which rows were sampled
 
 
-def find_rows(
-    gradient: torch.Tensor, variables: list, every_row: bool
-) -> tuple[Rows, list]:
-    """The rows of a table that the dense `gradient` touches.
+def is_dense(ids: Any) -> bool:
+    return True
 
-    On an accelerator their number would have to come to the host, which stalls
-    it; there, and where a compiler wants fixed shapes, the masked form is used.
+
+def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
+    """Rows of a table, whose gradient is a sparse tensor of those rows."""
+    ids = keras.ops.convert_to_tensor(ids).long()
+    ids = torch.where(ids < 0, ids + table.shape[0], ids)
+    sparse = not torch.compiler.is_compiling()  # which knows dense gradients only
+    return torch.nn.functional.embedding(ids, table.value, sparse=sparse)
+
+
+def row_gradient(gradient: torch.Tensor, variable: Any) -> tuple | None:
+    """A gradient that consists of look-ups, in tensors of fixed shapes.
+
+    Their number is known to the host, the number of different rows is not: an
+    accelerator would have to stop for it.
+
+    Returns:
+        Sums over duplicates in as many rows as there are look-ups, of which the
+        first are used; the rows' ids, sorted; for each of them the position of its
+        sum. `None` for a dense gradient.
+    """
+    if not gradient.is_sparse or gradient.sparse_dim() != 1:
+        return None
+    indices, order = torch.sort(gradient._indices()[0], stable=True)
+    values = gradient._values()
+    position = torch.zeros_like(indices)
+    torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
+    sums = torch.zeros_like(values).index_add_(0, position, values[order])
+    return sums, indices, position
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def size(indices: torch.Tensor) -> int | None:
+    return indices.shape[0]
+
+
+def find_rows(
+    gradient: torch.Tensor, variables: list, every_row: bool, lookups: Any = None
+) -> tuple[Rows, list]:
+    """The rows of a table that `gradient` touches.
+
+    Of a dense gradient their number would have to come to the host, which stalls an
+    accelerator; there, and where a compiler wants fixed shapes, the masked form is
+    used.
 
     Args:
         variables: the table and what is kept for it.
         every_row: whether the step needs the whole table.
+        lookups: ids and positions, if `gradient` holds the sums of `row_gradient`.
 
     Returns:
         The rows, and the values of each of the variables there.
     """
-    sampled = (gradient != 0).flatten(1).any(1)
-    if every_row or gradient.device.type != "cpu" or torch.compiler.is_compiling():
-        rows = Rows(None, gradient, sampled)
+    if lookups is not None:
+        indices, position = lookups
+        sums = gradient.index_select(0, position)
+        rows = Rows(indices, sums, (sums != 0).flatten(1).any(1))
     else:
-        indices = sampled.nonzero()[:, 0]
-        rows = Rows(indices, gradient.index_select(0, indices), None)
+        sampled = (gradient != 0).flatten(1).any(1)
+        on_host = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
+        if every_row or not on_host:
+            rows = Rows(None, gradient, sampled)
+        else:
+            indices = sampled.nonzero()[:, 0]
+            rows = Rows(indices, gradient.index_select(0, indices), None)
     return rows, [read_rows(variable, None, rows.indices) for variable in variables]
 
 
 def sum_duplicates(gradient: torch.Tensor) -> torch.Tensor:
     """Dense gradients are sums already."""
-    return gradient
+    return whole(gradient)
 
 
 # Reading and writing rows
@@ -76,14 +123,6 @@ def write_rows(
 
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
-
-
-def rows_since(last_update: Any, like: Any, step: int) -> torch.Tensor | None:
-    """The rows updated after `step`; `None`, for all, where shapes are fixed."""
-    value = last_update.value
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return (value > step).nonzero()[:, 0]
 
 
 # Counting on the host and branching in Python
@@ -111,49 +150,58 @@ def write_count(variable: keras.Variable, count: int) -> None:
     variable.host_count = ((id(tensor), tensor._version), count)
 
 
-def update_if(
-    predicate: bool, groups: Groups, function: Callable, moved: Callable = all_rows
-) -> None:
-    """For each group of variables, assign `function` of their values, if `predicate`.
-
-    `moved` names the rows to read and write, by the group's first variable.
-    """
+def update_if(predicate: bool, groups: Groups, function: Callable) -> None:
+    """For each group of variables, assign `function` of their values, if `predicate`."""
     if not predicate:
         return
     for group in groups:
-        indices = moved(group[0])
-        values = [read_rows(variable, None, indices) for variable in group]
+        values = [read_rows(variable, None, None) for variable in group]
         for variable, value in zip(group, function(*values), strict=True):
-            write_rows(variable, None, indices, value)
+            write_rows(variable, None, None, value)
 
 
 @torch.no_grad()
-def back_up_first(updates: int, pairs: Groups) -> None:
-    """slow := fast, before the first update."""
-    if updates == 0 and pairs:
+def back_up_if(predicate: bool, pairs: Groups) -> None:
+    """slow := fast, if `predicate`."""
+    if predicate and pairs:
         fast, slow = zip(*pairs, strict=True)
         torch._foreach_copy_([v.value for v in slow], [v.value for v in fast])
 
 
 @torch.no_grad()
-def pull_back_if(
-    predicate: bool, pairs: Groups, alpha: float, moved: Callable = all_rows
-) -> None:
+def sync_if(predicate: bool, pairs: Groups, alpha: float) -> None:
     """slow := slow + alpha (fast - slow); fast := slow, if `predicate`."""
-    if not predicate:
-        return
-    whole = [(f.value, s.value) for f, s in pairs if moved(f) is None]
-    if whole:
-        fast, slow = zip(*whole, strict=True)
+    if predicate and pairs:
+        fast, slow = zip(*[(f.value, s.value) for f, s in pairs], strict=True)
         torch._foreach_lerp_(slow, fast, alpha)
         torch._foreach_copy_(fast, slow)
-    by_rows = [pair for pair in pairs if moved(pair[0]) is not None]
 
-    def pull_back(fast: torch.Tensor, slow: torch.Tensor) -> tuple:
-        point = torch.lerp(slow, fast, alpha)
-        return point, point
 
-    update_if(True, by_rows, pull_back, moved)
+@torch.no_grad()
+def sync_rows_if(
+    predicate: bool,
+    group: tuple[Any, Any, Any],
+    since: Any,
+    alpha: float,
+    most: int | None,
+) -> None:
+    """fast := slow + alpha (fast - slow) in rows moved after `since`, if `predicate`.
+
+    Args:
+        group: fast weights, slow weights, the update that moved each row last.
+        most: how many rows are expected to have moved at most; `None` for all.
+    """
+    if not predicate:
+        return
+    fast, slow, last_update = (variable.value for variable in group)
+    moved = last_update > since
+    if fast.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = moved.nonzero()[:, 0]
+        point = torch.lerp(slow.index_select(0, rows), fast.index_select(0, rows), alpha)
+        fast.index_copy_(0, rows, point)
+    else:
+        moved = moved.reshape(-1, *[1] * (fast.ndim - 1))
+        fast.copy_(torch.where(moved, torch.lerp(slow, fast, alpha), fast))
 
 
 # What else differs
