@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,7 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
-        self._remember(
-            _sources=sources, _tables=[], _by_key={}, _row_gradients={}, _lookahead=None
-        )
+        self._remember(_sources=sources, _tables=[], _by_key={}, _row_gradients={})
 
     @_private.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
@@ -364,7 +362,7 @@ class LazyOptimizer(OptimizerWrapper):
                 if every_row:
                     engine.write_rows(table.caught_up, variable, None, now)
             if table.slow is not None:
-                in_cycle = ops.cast(self._lookahead.updates_in_cycle(), "int32")
+                in_cycle = ops.cast(self._updates_in_cycle(), "int32")
                 is_first = last_update.value <= now - 1 - in_cycle
                 slow = views["slow"]
                 slow.assign(_rows.where(is_first, weight.value, slow.value))
@@ -413,11 +411,11 @@ class LazyOptimizer(OptimizerWrapper):
 
             def catch_up(caught_up: Any, *values: Any, table: Table = table) -> tuple:
                 now = ops.cast(engine.read_count(self._iterations), "int32")
-                last_update, *values = values
+                last_update, *slot_values = values
                 slots = {
                     name: _rows.RowView(value, slot, None, at_once=True)
                     for (name, slot), value in zip(
-                        table.slots.items(), values, strict=True
+                        table.slots.items(), slot_values, strict=True
                     )
                 }
                 if self._moments == "decay":
@@ -435,12 +433,14 @@ class LazyOptimizer(OptimizerWrapper):
     # What a Lookahead around this needs: which rows moved
 
     def copy_moved_rows(
-        self, lookahead: Any, copies: list[tuple[keras.Variable, keras.Variable]]
+        self,
+        updates_in_cycle: Callable[[], Any],
+        copies: list[tuple[keras.Variable, keras.Variable]],
     ) -> list:
         """Take the slow copy of a table's row when a cycle first moves the row.
 
         Args:
-            lookahead: the optimizer around this, which says how far its cycle is.
+            updates_in_cycle: says how many updates the cycle has had.
             copies: weights with their slow copies.
 
         Returns:
@@ -448,7 +448,7 @@ class LazyOptimizer(OptimizerWrapper):
         """
         if self.ema_overwrite_frequency:  # that moves every row
             return []
-        self._remember(_lookahead=lookahead)
+        self._updates_in_cycle = updates_in_cycle
         for variable, slow in copies:
             table = self._table(variable)
             if table is not None and table.last_update is not None:
@@ -457,7 +457,6 @@ class LazyOptimizer(OptimizerWrapper):
 
     def copy_no_rows(self) -> None:
         """Leave slow copies to the Lookahead around this."""
-        self._remember(_lookahead=None)
         for table in self._tables:
             table.slow = None
 

@@ -26,9 +26,7 @@ from keras_lookahead_lazy._wrapper import chain
 _optimizers: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
-def look_up_by_rows(
-    optimizer: keras.Optimizer, tables: list[keras.Variable]
-) -> None:
+def look_up_by_rows(optimizer: keras.Optimizer, tables: list[keras.Variable]) -> None:
     """Look up `tables` by rows from now on, for as long as `optimizer` lives."""
     for table in tables:
         forget = functools.partial(_forget, id(table))

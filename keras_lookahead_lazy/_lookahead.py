@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -120,8 +120,8 @@ class Lookahead(OptimizerWrapper):
         self._build_on_first_use(trainable_variables)
         updates = engine.read_count(self._iterations)
         is_first = updates == 0
-        if self._slot_pairs and self._inside is not None:
-            self._inside.catch_up_if(is_first)
+        if self._slot_pairs:
+            self.catch_up_if(is_first)
         by_row = {id(fast) for fast in self._by_row}
         pairs = [pair for pair in self._pairs if id(pair[0]) not in by_row]
         engine.back_up_if(is_first, pairs + self._slot_pairs)
@@ -146,7 +146,7 @@ class Lookahead(OptimizerWrapper):
 
     def _sync_rows_if(self, is_sync: Any, fast: Any, slow: Any) -> None:
         """The sync of a table of which only some rows moved in this cycle."""
-        last_update, now, lookups = self._inside.last_update_of(fast)
+        last_update, now, lookups = self._inside().last_update_of(fast)
         most = lookups and self.k * lookups
         group = (fast, slow, last_update)
         engine.sync_rows_if(is_sync, group, now - self.k, self.alpha, most)
@@ -154,8 +154,7 @@ class Lookahead(OptimizerWrapper):
     def _sync_slots_if(self, is_sync: Any) -> None:
         if not self._slot_pairs and not self._initial_slots:
             return
-        if self._inside is not None:
-            self._inside.catch_up_if(is_sync)
+        self.catch_up_if(is_sync)
         engine.sync_if(is_sync, self._slot_pairs, self.alpha)
         for slot, value in self._initial_slots:
             engine.update_if(
@@ -168,17 +167,21 @@ class Lookahead(OptimizerWrapper):
 
     @_private.no_automatic_dependency_tracking
     def _copy_rows_where_they_move(self) -> None:
-        self._inside, self._by_row = None, []
-        for optimizer in chain(self.inner_optimizer):
-            if isinstance(optimizer, OptimizerWrapper):
-                self._inside = optimizer
-                break
+        self._by_row, inside = [], self._inside()
         # JAX's optimizer that may skip an update cannot write this one's variables.
-        between = chain(self.inner_optimizer)[0] is not self._inside
-        if self._inside is not None and not (between and engine.SELECTS_UPDATES):
-            self._by_row = self._inside.copy_moved_rows(self, self._pairs)
+        between = self.inner_optimizer is not inside
+        if inside is not None and not (between and engine.SELECTS_UPDATES):
+            self._by_row = inside.copy_moved_rows(self.updates_in_cycle, self._pairs)
 
-    def copy_moved_rows(self, lookahead: Any, copies: list) -> list:
+    def _inside(self) -> Any:
+        """The next wrapper of this package inside, or `None`.
+
+        (A method: Keras saves an attribute that holds an optimizer as one more child.)
+        """
+        inside = chain(self.inner_optimizer)
+        return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
+
+    def copy_moved_rows(self, updates_in_cycle: Callable, copies: list) -> list:
         """Inside of another Lookahead: no rows.
 
         The two move rows behind each other's back, so both work on whole tables.
@@ -187,14 +190,15 @@ class Lookahead(OptimizerWrapper):
             if any(fast is table for table in self._by_row):
                 slow.assign(self._slow_value(fast, slow))
         if self._by_row:
-            self._inside.copy_no_rows()
+            self._inside().copy_no_rows()
             self._by_row.clear()
         return []
 
     def catch_up_if(self, predicate: Any) -> None:
         """Make slots that lag behind current, if `predicate`."""
-        if self._inside is not None:
-            self._inside.catch_up_if(predicate)
+        inside = self._inside()
+        if inside is not None:
+            inside.catch_up_if(predicate)
 
     def updates_in_cycle(self) -> Any:
         """Number of updates since the last sync, or since the first update."""
@@ -204,7 +208,7 @@ class Lookahead(OptimizerWrapper):
         """The slow weights; of a row that has not moved since, the weights."""
         if not any(fast is table for table in self._by_row):
             return ops.convert_to_tensor(slow)
-        last_update, now, _ = self._inside.last_update_of(fast)
+        last_update, now, _ = self._inside().last_update_of(fast)
         moved = last_update.value > now - ops.cast(self.updates_in_cycle(), "int32")
         return _rows.where(moved, slow.value, fast.value)
 

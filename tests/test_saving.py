@@ -16,7 +16,6 @@ from harness import (
 from reference import Reference
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-from keras_lookahead_lazy._wrapper import chain
 
 BATCH, BEFORE, AFTER = 4, 7, 6  # 7 steps leave every cycle below in its middle
 # Recording a graph takes longer than the few steps of most tests here; not on JAX.
@@ -96,14 +95,8 @@ def numpy(variables):
 
 
 def state(model):
-    """Weights, and all variables of the optimizer that somebody reads.
-
-    Where slots never lag, the update up to which rows are current is not kept.
-    """
-    lazy = [o for o in chain(model.optimizer) if isinstance(o, LazyOptimizer)]
-    unread = "last_update" if lazy and not lazy[0]._keeps_last_update else None
-    variables = [v for v in model.optimizer.variables if v.name != unread]
-    return model.get_weights() + numpy(variables)
+    """Weights, and all variables of the optimizer."""
+    return model.get_weights() + numpy(model.optimizer.variables)
 
 
 @pytest.fixture(scope="module", params=CASES)

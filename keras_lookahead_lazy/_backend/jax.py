@@ -267,7 +267,7 @@ def sync_rows_if(
     """
     fast, slow, last_update = (variable.value for variable in group)
     size = min(most or len(fast), len(fast))
-    alpha = jnp.asarray(alpha, fast.dtype)
+    step = jnp.asarray(alpha, fast.dtype)
 
     def pending(carry: tuple) -> jax.Array:
         start, total, _ = carry
@@ -276,7 +276,7 @@ def sync_rows_if(
     def sync_all(carry: tuple) -> tuple:
         _, _, fast = carry
         moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
-        fast = jnp.where(moved, slow + alpha * (fast - slow), fast)
+        fast = jnp.where(moved, slow + step * (fast - slow), fast)
         return jnp.int32(1), jnp.int32(1), fast
 
     def sync_some(carry: tuple) -> tuple:
@@ -285,7 +285,7 @@ def sync_rows_if(
         wanted = start + jnp.arange(1, size + 1, dtype="int32")
         rows = jnp.searchsorted(rank, wanted)  # past the end where there is no more
         old = slow.at[rows].get(mode="clip")
-        point = old + alpha * (fast.at[rows].get(mode="clip") - old)
+        point = old + step * (fast.at[rows].get(mode="clip") - old)
         fast = fast.at[rows].set(point, mode="drop")
         return start + size, rank[-1], fast
 

@@ -219,7 +219,7 @@ def write_count(variable: keras.Variable, count: tf.Tensor) -> None:
 
 
 def update_if(predicate: Any, groups: Groups, function: Callable) -> None:
-    """For each group of variables, assign `function` of their values, if `predicate`."""
+    """Assign `function` of its values to each group of variables, if `predicate`."""
 
     def update(*variables: tf.Variable) -> None:
         first = variables[0]

@@ -12,6 +12,7 @@ from keras.src.backend.torch.optimizers.torch_parallel_optimizer import (
     TorchParallelOptimizer,
 )
 
+from keras_lookahead_lazy._backend.torch_row_gradient import LookUp, RowGradient
 from keras_lookahead_lazy._rows import Rows
 
 Groups = list[tuple[Any, ...]]
@@ -30,11 +31,12 @@ def is_dense(ids: Any) -> bool:
 
 
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
-    """Rows of a table, whose gradient is a sparse tensor of those rows."""
+    """Rows of a table, whose gradient is known by rows."""
     ids = keras.ops.convert_to_tensor(ids).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
-    sparse = not torch.compiler.is_compiling()  # which knows dense gradients only
-    return torch.nn.functional.embedding(ids, table.value, sparse=sparse)
+    if torch.compiler.is_compiling():  # which knows dense gradients only
+        return torch.nn.functional.embedding(ids, table.value)
+    return LookUp.apply(table.value, ids)
 
 
 def row_gradient(gradient: torch.Tensor, variable: Any) -> tuple | None:
@@ -48,10 +50,13 @@ def row_gradient(gradient: torch.Tensor, variable: Any) -> tuple | None:
         first are used; the rows' ids, sorted; for each of them the position of its
         sum. `None` for a dense gradient.
     """
-    if not gradient.is_sparse or gradient.sparse_dim() != 1:
+    if isinstance(gradient, RowGradient) and gradient.rows is not None:
+        ids, values = gradient.rows
+    elif gradient.is_sparse and gradient.sparse_dim() == 1:
+        ids, values = gradient._indices()[0], gradient._values()
+    else:
         return None
-    indices, order = torch.sort(gradient._indices()[0], stable=True)
-    values = gradient._values()
+    indices, order = torch.sort(ids, stable=True)
     position = torch.zeros_like(indices)
     torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
     sums = torch.zeros_like(values).index_add_(0, position, values[order])
@@ -59,6 +64,8 @@ def row_gradient(gradient: torch.Tensor, variable: Any) -> tuple | None:
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
+    if isinstance(gradient, RowGradient):
+        return gradient.whole()
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
@@ -151,7 +158,7 @@ def write_count(variable: keras.Variable, count: int) -> None:
 
 
 def update_if(predicate: bool, groups: Groups, function: Callable) -> None:
-    """For each group of variables, assign `function` of their values, if `predicate`."""
+    """Assign `function` of its values to each group of variables, if `predicate`."""
     if not predicate:
         return
     for group in groups:
@@ -197,8 +204,8 @@ def sync_rows_if(
     moved = last_update > since
     if fast.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = moved.nonzero()[:, 0]
-        point = torch.lerp(slow.index_select(0, rows), fast.index_select(0, rows), alpha)
-        fast.index_copy_(0, rows, point)
+        old, new = slow.index_select(0, rows), fast.index_select(0, rows)
+        fast.index_copy_(0, rows, torch.lerp(old, new, alpha))
     else:
         moved = moved.reshape(-1, *[1] * (fast.ndim - 1))
         fast.copy_(torch.where(moved, torch.lerp(slow, fast, alpha), fast))

@@ -1,0 +1,159 @@
+"""torch: the gradient of a table that was looked up, kept by rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+aten = torch.ops.aten
+
+# What multiplies all entries of a gradient by one number.
+_SCALES: dict[Any, Any] = {aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div}
+
+
+@dataclass
+class _Contents:
+    """What a gradient and its aliases hold.
+
+    Attributes:
+        ids: int64 tensor of shape `(n,)`, rows of the table; they may repeat.
+        values: tensor of shape `(n, ...)`, what each look-up adds to its row.
+        dense: the gradient as a tensor of the table's shape, once somebody has
+            written into it. Ids and values count no more then.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    dense: torch.Tensor | None = None
+
+
+class RowGradient(torch.Tensor):
+    """A gradient that consists of look-ups: their ids, and a gradient for each.
+
+    To everybody but the optimizer it is the dense gradient that it stands for:
+    an operation that it does not know works on that. One that writes into it, or
+    returns a view of it, makes it dense for good.
+
+    Args:
+        contents: the look-ups.
+        shape: the shape of the table.
+    """
+
+    @staticmethod
+    def __new__(cls, contents: _Contents, shape: torch.Size) -> RowGradient:
+        values = contents.values
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=values.dtype, device=values.device
+        )
+
+    def __init__(self, contents: _Contents, shape: torch.Size) -> None:
+        self.contents = contents
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if not kwargs and (result := _by_rows(function, *args)) is not None:
+            return result
+        writes = function._schema.is_mutable or any(
+            result.alias_info is not None for result in function._schema.returns
+        )
+        given: list[RowGradient] = []
+
+        def whole(argument: Any) -> Any:
+            if not isinstance(argument, RowGradient):
+                return argument
+            given.append(argument)
+            return argument.make_dense() if writes else argument.whole()
+
+        args, kwargs = _pytree.tree_map(whole, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        # What an operation writes into is returned as what it was given as.
+        return next((g for g in given if result is g.contents.dense), result)
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Ids and values, or `None` if there is more to the gradient."""
+        contents = self.contents
+        return (contents.ids, contents.values) if contents.dense is None else None
+
+    def whole(self) -> torch.Tensor:
+        """The dense gradient."""
+        contents = self.contents
+        if contents.dense is not None:
+            return contents.dense
+        zeros = contents.values.new_zeros(self.shape)
+        return zeros.index_add_(0, contents.ids, contents.values)
+
+    def make_dense(self) -> torch.Tensor:
+        """The dense gradient, which this holds from now on."""
+        self.contents.dense = self.whole()
+        return self.contents.dense
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense gradient as an array."""
+        return self.whole().numpy(force=force)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.whole())
+
+
+def _by_rows(function: Any, gradient: Any, *others: Any) -> RowGradient | None:
+    """What `function` returns, if that is known by rows."""
+    rows = getattr(gradient, "rows", None)
+    if rows is None or len(others) > 1:
+        return None
+    other = others[0] if others else None
+    ids, values = rows
+    if function is aten.detach.default:
+        return RowGradient(gradient.contents, gradient.shape)
+    if function is aten.clone.default:
+        return RowGradient(_Contents(ids.clone(), values.clone()), gradient.shape)
+    if function is aten.zero_.default:
+        gradient.contents.ids, gradient.contents.values = ids[:0], values[:0]
+        return gradient
+    if function in _SCALES and not getattr(other, "ndim", 0):
+        values = _SCALES[function](values, other)
+        return RowGradient(_Contents(ids, values), gradient.shape)
+    more = getattr(other, "rows", None)
+    if function not in (aten.add.Tensor, aten.add_.Tensor) or more is None:
+        return None
+    ids, values = torch.cat([ids, more[0]]), torch.cat([values, more[1]])
+    if function is aten.add.Tensor:
+        return RowGradient(_Contents(ids, values), gradient.shape)
+    gradient.contents.ids, gradient.contents.values = ids, values
+    return gradient
+
+
+class LookUp(torch.autograd.Function):
+    """Rows of a table, whose gradient is a `RowGradient`."""
+
+    @staticmethod
+    def forward(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, table)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple, output: torch.Tensor) -> None:
+        table, ids = inputs
+        context.save_for_backward(ids)
+        context.save_for_forward(ids)
+        context.shape = table.shape
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple:
+        (ids,) = context.saved_tensors
+        ids, values = ids.flatten(), gradient.reshape(-1, *context.shape[1:])
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            zeros = gradient.new_zeros(context.shape)
+            return zeros.index_add(0, ids, values), None
+        return RowGradient(_Contents(ids, values), context.shape), None
+
+    @staticmethod
+    def jvp(context: Any, table: torch.Tensor, _: Any) -> torch.Tensor:
+        (ids,) = context.saved_tensors
+        return torch.nn.functional.embedding(ids, table)
