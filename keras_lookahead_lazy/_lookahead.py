@@ -75,6 +75,8 @@ class Lookahead(OptimizerWrapper):
         self.alpha = alpha
         self.inner_state = inner_state
 
+    _fixed = ("inner_optimizer", "k", "alpha", "inner_state")
+
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables and the slow copies.
 

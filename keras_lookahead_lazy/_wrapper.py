@@ -59,6 +59,8 @@ class OptimizerWrapper(keras.Optimizer):
         self.inner_optimizer = inner_optimizer
 
     inner_optimizer: keras.Optimizer
+    # What the constructor fixes: slots, slow copies and compiled steps depend on it.
+    _fixed: tuple[str, ...] = ("inner_optimizer",)
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -92,6 +94,11 @@ class OptimizerWrapper(keras.Optimizer):
         self.inner_optimizer.loss_scale_factor = value
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in vars(self):
+            raise AttributeError(
+                f"`{name}` is fixed by the constructor. Build a new optimizer, "
+                f"{type(self).__name__}(...), and compile the model with it."
+            )
         # Keras on TensorFlow assigns nothing where the value is there already; the
         # setter above has to see that, too.
         if name == "loss_scale_factor":

@@ -144,6 +144,24 @@ def test_names_and_configs_of_optimizers_are_fine(wrapper):
         assert isinstance(wrapper(given).inner_optimizer, keras.optimizers.Adam)
 
 
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_the_constructor_fixes(wrapper, built):
+    """Setting it afterwards had no effect, or half of one."""
+    optimizer = wrapper(adam())
+    if built:
+        build(optimizer, make_model())
+    fixed = {"inner_optimizer": adam()}
+    if wrapper is Lookahead:
+        fixed |= {"k": 7, "alpha": 0.25, "inner_state": "reset"}
+    config = optimizer.get_config()
+    for name, value in fixed.items():
+        match = rf"`{name}` is fixed.*new optimizer, {wrapper.__name__}\(\.\.\.\)"
+        with pytest.raises(AttributeError, match=match):
+            setattr(optimizer, name, value)
+    assert optimizer.get_config() == config
+
+
 # Tables
 
 
