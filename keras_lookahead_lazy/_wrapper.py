@@ -119,6 +119,25 @@ class OptimizerWrapper(keras.Optimizer):
     def _register(self, variables: list[keras.Variable]) -> None:
         _private.register_variables(self, variables)
 
+    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
+        """Let the inner optimizer update the weights, as this wrapper wants it.
+
+        Args:
+            grads: a gradient for each variable, or `None`. Without any gradient this
+                is no update, as with Keras's own optimizers.
+            trainable_variables: the variables; by default those of `build`.
+        """
+        if len(grads) == 0:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        self._build_on_first_use(trainable_variables)
+        self._apply(list(grads), trainable_variables)
+
+    def _apply(self, grads: list, variables: list | None) -> None:
+        """One step. The optimizer is built, and there is a gradient at least."""
+        raise NotImplementedError
+
     def _build_on_first_use(self, variables: list | None) -> None:
         if self.built:
             return
@@ -187,6 +206,11 @@ class OptimizerWrapper(keras.Optimizer):
 
     def set_weights(self, weights: list) -> None:
         """Assign all of `variables`, from arrays in the same order."""
+        if not self.built:
+            raise ValueError(
+                f"{type(self).__name__} is not built, so it has no variables to set "
+                "yet. Call optimizer.build(model.trainable_variables) first."
+            )
         variables = self._variables + self.inner_optimizer.variables
         if len(weights) != len(variables):
             raise ValueError(

@@ -423,6 +423,37 @@ def test_set_weights():
     assert_same_bits(numpy(optimizer.variables), filled)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_set_weights_before_the_build(wrapper):
+    """Its only variables then are counters, which a list may happen to fit."""
+    for weights in ([], [np.int32(3), np.int32(2), np.float32(0.1)]):
+        optimizer = wrapper(adam())
+        with pytest.raises(
+            ValueError, match=rf"{wrapper.__name__} is not built.*\.build"
+        ):
+            optimizer.set_weights(weights)
+        assert int(optimizer.iterations) == 0
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda o: o, *WRAPPERS], ids=["plain", "ahead", "lazy"]
+)
+def test_no_gradients_are_no_update(wrap):
+    """As with Keras's optimizers: neither built on nothing nor counted."""
+    optimizer = wrap(adam())
+    optimizer.apply([], [])
+    optimizer.apply([])
+    assert not optimizer.built
+    model = make_model()
+    build(optimizer, model)
+    before = numpy(optimizer.variables)
+    optimizer.apply([], [])
+    optimizer.apply([])
+    assert_same_bits(numpy(optimizer.variables), before)
+    optimizer.apply([keras.ops.ones(w.shape) for w in model.trainable_variables])
+    assert int(optimizer.iterations) == 1
+
+
 def test_gradients_without_variables():
     with pytest.raises(ValueError, match=r"not built.*optimizer\.build"):
         Lookahead(adam()).apply([keras.ops.ones((2,))])
