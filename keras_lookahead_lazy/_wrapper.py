@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _backend, _private
+from keras_lookahead_lazy import _arguments, _backend, _private
 
 
 def _setting(name: str) -> Any:
@@ -43,15 +43,8 @@ class OptimizerWrapper(keras.Optimizer):
         misplaced: dict[str, Any],
     ) -> None:
         _backend.check_backend()
-        cls = type(self).__name__
-        if misplaced:
-            setting = next(iter(misplaced))
-            raise TypeError(
-                f"{cls} takes no argument `{setting}`. Give it to the inner "
-                f"optimizer: {cls}(keras.optimizers.Adam({setting}="
-                f"{misplaced[setting]!r}), ...)."
-            )
-        inner_optimizer = _get_optimizer(optimizer, cls)
+        inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
+        _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
         super().__init__(
             learning_rate=lambda: self.inner_optimizer.learning_rate, name=name
@@ -113,6 +106,7 @@ class OptimizerWrapper(keras.Optimizer):
         variables = list(variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
+        self._check_known(variables, self.inner_optimizer)
         self._register(variables)
 
     @_private.no_automatic_dependency_tracking
@@ -132,7 +126,18 @@ class OptimizerWrapper(keras.Optimizer):
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
         self._build_on_first_use(trainable_variables)
+        self._check_known(trainable_variables or [], self)
         self._apply(list(grads), trainable_variables)
+
+    def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
+        unknown = [v for v in variables if not _private.is_known(optimizer, v)]
+        if unknown:
+            paths = ", ".join(_private.path(variable) for variable in unknown)
+            raise ValueError(
+                f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
+                f"weights; it does not know {paths}. One optimizer trains one model: "
+                f"give each its own {type(self).__name__}(...)."
+            )
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """One step. The optimizer is built, and there is a gradient at least."""

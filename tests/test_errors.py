@@ -114,6 +114,65 @@ def test_setting_of_the_inner_optimizer(wrapper, setting, value):
         wrapper(adam(), **{setting: value})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        ({"sync_period": 6, "slow_step_size": 0.5}, "k=6, alpha=0.5"),
+        ({"la_steps": 7, "la_alpha": 0.8}, "k=7, alpha=0.8"),
+        ({"pullback_momentum": "reset"}, "inner_state='reset'"),
+        ({"pullback_momentum": "none"}, "inner_state='maintain'"),
+        ({"pullback_momentum": "pullback"}, "inner_state='interpolate'"),
+    ],
+    ids=str,
+)
+def test_names_that_others_give_to_the_arguments(arguments, ours):
+    """TensorFlow Addons and optax, then two ports to torch."""
+    with pytest.raises(TypeError) as e:
+        Lookahead("adam", **arguments)
+    assert f"Lookahead(..., {ours})" in str(e.value)
+    assert all(f"`{name}`" in str(e.value) for name in arguments)
+    assert "Adam" not in str(e.value)
+    with pytest.raises(TypeError, match=r"are optimizer, embedding_layers, moments, n"):
+        LazyOptimizer("adam", **arguments)
+
+
+class TwiceAsFast(keras.optimizers.Adam):
+    """A user's optimizer that hands on what it does not know."""
+
+    def __init__(self, learning_rate=1e-3, **kwargs):
+        super().__init__(2 * learning_rate, **kwargs)
+
+
+class Fixed(keras.optimizers.Adam):
+    """One that does not."""
+
+    def __init__(self, learning_rate=1e-3):
+        super().__init__(learning_rate)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_setting_is_recommended_only_where_it_exists(wrapper):
+    arguments = {
+        Lookahead: "optimizer, k, alpha, inner_state, name",
+        LazyOptimizer: "optimizer, embedding_layers, moments, name",
+    }[wrapper]
+    for inner, setting, accepted in (
+        (keras.optimizers.SGD(), "momentum", True),
+        (keras.optimizers.SGD(), "beta_1", False),
+        (keras.optimizers.Adam(), "lr", False),
+        (keras.optimizers.Adam(), "kwargs", False),
+        (TwiceAsFast(), "beta_1", True),
+        (TwiceAsFast(), "clipnorm", True),
+        (TwiceAsFast(), "momentum", False),
+        (Fixed(), "beta_1", False),
+    ):
+        with pytest.raises(TypeError, match=f"no argument `{setting}`") as e:
+            wrapper(inner, **{setting: 0.5})
+        advice = f"{wrapper.__name__}({type(inner).__name__}({setting}=0.5), ...)"
+        assert (advice in str(e.value)) == accepted
+        assert (arguments in str(e.value)) != accepted
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize(
     ("given", "words"),
@@ -344,6 +403,15 @@ def test_one_inner_optimizer_in_two_lazy_optimizers(built):
     build(first, model)
     with pytest.raises(ValueError, match=r"Adam.*another LazyOptimizer.*its own"):
         build(second, model)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_inner_optimizer_of_another_model(wrapper):
+    inner = adam()
+    build(inner, make_model())
+    match = r"Adam .adam.*was built for other weights.*words/embeddings.*its own "
+    with pytest.raises(ValueError, match=match + wrapper.__name__):
+        build(wrapper(inner), make_model())
 
 
 # Around training
