@@ -240,23 +240,16 @@ class LazyOptimizer(OptimizerWrapper):
     def _table(self, variable: Any) -> Table | None:
         return self._by_key.get(self._var_key(variable))
 
-    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
-        """Let the inner optimizer update the weights, the tables by sampled rows.
-
-        Args:
-            grads: a gradient for each variable, or `None`.
-            trainable_variables: the variables; by default those of `build`.
-        """
-        self._build_on_first_use(trainable_variables)
+    def _apply(self, grads: list, variables: list | None) -> None:
+        """Let the inner optimizer update the weights, the tables by sampled rows."""
         updates = engine.read_count(self._iterations)
-        variables = trainable_variables or self._trainable_variables
-        pairs = list(zip(grads, variables, strict=True))
+        pairs = list(zip(grads, variables or self._trainable_variables, strict=True))
         left_out = self._tables_left_out(pairs)
         for table in left_out:
             self._catch_up_if(table.caught_up < updates, [table])
         grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
         with self._constraints_on_sampled_rows():
-            updated = self._apply_inner(grads, trainable_variables)
+            updated = self._apply_inner(grads, variables)
         self._row_gradients.clear()
         for table in left_out:  # a step without a gradient is none of zeros
             table.caught_up.assign(ops.cast(updates + updated, "int32"))

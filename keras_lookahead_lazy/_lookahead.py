@@ -75,6 +75,8 @@ class Lookahead(OptimizerWrapper):
         self.alpha = alpha
         self.inner_state = inner_state
 
+    _fixed = ("inner_optimizer", "k", "alpha", "inner_state")
+
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables and the slow copies.
 
@@ -110,14 +112,8 @@ class Lookahead(OptimizerWrapper):
             for fast in variables
         ]
 
-    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
-        """Let the inner optimizer update the weights; after every k-th, pull back.
-
-        Args:
-            grads: a gradient for each variable, or `None`.
-            trainable_variables: the variables; by default those of `build`.
-        """
-        self._build_on_first_use(trainable_variables)
+    def _apply(self, grads: list, variables: list | None) -> None:
+        """Let the inner optimizer update the weights; after every k-th, pull back."""
         updates = engine.read_count(self._iterations)
         is_first = updates == 0
         if self._slot_pairs:
@@ -126,14 +122,11 @@ class Lookahead(OptimizerWrapper):
         pairs = [pair for pair in self._pairs if id(pair[0]) not in by_row]
         engine.back_up_if(is_first, pairs + self._slot_pairs)
 
-        updated = self._apply_inner(grads, trainable_variables)
+        updated = self._apply_inner(grads, variables)
 
         updates = updates + updated
         is_sync = (updated == 1) & (updates % self.k == 0)
-        given = self._trainable_variables
-        if trainable_variables is not None:
-            given = trainable_variables
-        given = {self._var_key(variable) for variable in given}
+        given = {self._var_key(v) for v in variables or self._trainable_variables}
         present = [pair for pair in pairs if self._var_key(pair[0]) in given]
         left_out = [pair for pair in pairs if self._var_key(pair[0]) not in given]
         engine.sync_if(is_sync, present, self.alpha)

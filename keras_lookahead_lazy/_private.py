@@ -23,7 +23,9 @@ __all__ = [
     "called_model",
     "compile_arguments",
     "innermost",
+    "is_known",
     "no_automatic_dependency_tracking",
+    "path",
     "register_variables",
     "serialize",
     "slots",
@@ -59,6 +61,16 @@ def register_variables(optimizer: keras.Optimizer, variables: list) -> None:
         optimizer._var_key(v): i for i, v in enumerate(variables)
     }
     optimizer.built = True
+
+
+def is_known(optimizer: keras.Optimizer, variable: Any) -> bool:
+    """Whether an optimizer was built for a weight."""
+    return optimizer._var_key(variable) in optimizer._trainable_variables_indices
+
+
+def path(variable: Any) -> str:
+    """A weight's path; of a `tf.Variable`, which has none, the name."""
+    return getattr(variable, "path", variable.name)
 
 
 def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:

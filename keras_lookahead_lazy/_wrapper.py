@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _backend, _private
+from keras_lookahead_lazy import _arguments, _backend, _private
 
 
 def _setting(name: str) -> Any:
@@ -43,15 +43,8 @@ class OptimizerWrapper(keras.Optimizer):
         misplaced: dict[str, Any],
     ) -> None:
         _backend.check_backend()
-        cls = type(self).__name__
-        if misplaced:
-            setting = next(iter(misplaced))
-            raise TypeError(
-                f"{cls} takes no argument `{setting}`. Give it to the inner "
-                f"optimizer: {cls}(keras.optimizers.Adam({setting}="
-                f"{misplaced[setting]!r}), ...)."
-            )
-        inner_optimizer = _get_optimizer(optimizer, cls)
+        inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
+        _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
         super().__init__(
             learning_rate=lambda: self.inner_optimizer.learning_rate, name=name
@@ -59,6 +52,8 @@ class OptimizerWrapper(keras.Optimizer):
         self.inner_optimizer = inner_optimizer
 
     inner_optimizer: keras.Optimizer
+    # What the constructor fixes: slots, slow copies and compiled steps depend on it.
+    _fixed: tuple[str, ...] = ("inner_optimizer",)
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -92,6 +87,11 @@ class OptimizerWrapper(keras.Optimizer):
         self.inner_optimizer.loss_scale_factor = value
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in vars(self):
+            raise AttributeError(
+                f"`{name}` is fixed by the constructor. Build a new optimizer, "
+                f"{type(self).__name__}(...), and compile the model with it."
+            )
         # Keras on TensorFlow assigns nothing where the value is there already; the
         # setter above has to see that, too.
         if name == "loss_scale_factor":
@@ -106,11 +106,42 @@ class OptimizerWrapper(keras.Optimizer):
         variables = list(variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
+        self._check_known(variables, self.inner_optimizer)
         self._register(variables)
 
     @_private.no_automatic_dependency_tracking
     def _register(self, variables: list[keras.Variable]) -> None:
         _private.register_variables(self, variables)
+
+    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
+        """Let the inner optimizer update the weights, as this wrapper wants it.
+
+        Args:
+            grads: a gradient for each variable, or `None`. Without any gradient this
+                is no update, as with Keras's own optimizers.
+            trainable_variables: the variables; by default those of `build`.
+        """
+        if len(grads) == 0:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        self._build_on_first_use(trainable_variables)
+        self._check_known(trainable_variables or [], self)
+        self._apply(list(grads), trainable_variables)
+
+    def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
+        unknown = [v for v in variables if not _private.is_known(optimizer, v)]
+        if unknown:
+            paths = ", ".join(_private.path(variable) for variable in unknown)
+            raise ValueError(
+                f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
+                f"weights; it does not know {paths}. One optimizer trains one model: "
+                f"give each its own {type(self).__name__}(...)."
+            )
+
+    def _apply(self, grads: list, variables: list | None) -> None:
+        """One step. The optimizer is built, and there is a gradient at least."""
+        raise NotImplementedError
 
     def _build_on_first_use(self, variables: list | None) -> None:
         if self.built:
@@ -180,6 +211,11 @@ class OptimizerWrapper(keras.Optimizer):
 
     def set_weights(self, weights: list) -> None:
         """Assign all of `variables`, from arrays in the same order."""
+        if not self.built:
+            raise ValueError(
+                f"{type(self).__name__} is not built, so it has no variables to set "
+                "yet. Call optimizer.build(model.trainable_variables) first."
+            )
         variables = self._variables + self.inner_optimizer.variables
         if len(weights) != len(variables):
             raise ValueError(

@@ -114,6 +114,65 @@ def test_setting_of_the_inner_optimizer(wrapper, setting, value):
         wrapper(adam(), **{setting: value})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        ({"sync_period": 6, "slow_step_size": 0.5}, "k=6, alpha=0.5"),
+        ({"la_steps": 7, "la_alpha": 0.8}, "k=7, alpha=0.8"),
+        ({"pullback_momentum": "reset"}, "inner_state='reset'"),
+        ({"pullback_momentum": "none"}, "inner_state='maintain'"),
+        ({"pullback_momentum": "pullback"}, "inner_state='interpolate'"),
+    ],
+    ids=str,
+)
+def test_names_that_others_give_to_the_arguments(arguments, ours):
+    """TensorFlow Addons and optax, then two ports to torch."""
+    with pytest.raises(TypeError) as e:
+        Lookahead("adam", **arguments)
+    assert f"Lookahead(..., {ours})" in str(e.value)
+    assert all(f"`{name}`" in str(e.value) for name in arguments)
+    assert "Adam" not in str(e.value)
+    with pytest.raises(TypeError, match=r"are optimizer, embedding_layers, moments, n"):
+        LazyOptimizer("adam", **arguments)
+
+
+class TwiceAsFast(keras.optimizers.Adam):
+    """A user's optimizer that hands on what it does not know."""
+
+    def __init__(self, learning_rate=1e-3, **kwargs):
+        super().__init__(2 * learning_rate, **kwargs)
+
+
+class Fixed(keras.optimizers.Adam):
+    """One that does not."""
+
+    def __init__(self, learning_rate=1e-3):
+        super().__init__(learning_rate)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_setting_is_recommended_only_where_it_exists(wrapper):
+    arguments = {
+        Lookahead: "optimizer, k, alpha, inner_state, name",
+        LazyOptimizer: "optimizer, embedding_layers, moments, name",
+    }[wrapper]
+    for inner, setting, accepted in (
+        (keras.optimizers.SGD(), "momentum", True),
+        (keras.optimizers.SGD(), "beta_1", False),
+        (keras.optimizers.Adam(), "lr", False),
+        (keras.optimizers.Adam(), "kwargs", False),
+        (TwiceAsFast(), "beta_1", True),
+        (TwiceAsFast(), "clipnorm", True),
+        (TwiceAsFast(), "momentum", False),
+        (Fixed(), "beta_1", False),
+    ):
+        with pytest.raises(TypeError, match=f"no argument `{setting}`") as e:
+            wrapper(inner, **{setting: 0.5})
+        advice = f"{wrapper.__name__}({type(inner).__name__}({setting}=0.5), ...)"
+        assert (advice in str(e.value)) == accepted
+        assert (arguments in str(e.value)) != accepted
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize(
     ("given", "words"),
@@ -142,6 +201,24 @@ def test_unknown_name_of_an_optimizer(wrapper):
 def test_names_and_configs_of_optimizers_are_fine(wrapper):
     for given in ("adam", keras.optimizers.serialize(adam())):
         assert isinstance(wrapper(given).inner_optimizer, keras.optimizers.Adam)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_the_constructor_fixes(wrapper, built):
+    """Setting it afterwards had no effect, or half of one."""
+    optimizer = wrapper(adam())
+    if built:
+        build(optimizer, make_model())
+    fixed = {"inner_optimizer": adam()}
+    if wrapper is Lookahead:
+        fixed |= {"k": 7, "alpha": 0.25, "inner_state": "reset"}
+    config = optimizer.get_config()
+    for name, value in fixed.items():
+        match = rf"`{name}` is fixed.*new optimizer, {wrapper.__name__}\(\.\.\.\)"
+        with pytest.raises(AttributeError, match=match):
+            setattr(optimizer, name, value)
+    assert optimizer.get_config() == config
 
 
 # Tables
@@ -328,6 +405,15 @@ def test_one_inner_optimizer_in_two_lazy_optimizers(built):
         build(second, model)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_inner_optimizer_of_another_model(wrapper):
+    inner = adam()
+    build(inner, make_model())
+    match = r"Adam .adam.*was built for other weights.*words/embeddings.*its own "
+    with pytest.raises(ValueError, match=match + wrapper.__name__):
+        build(wrapper(inner), make_model())
+
+
 # Around training
 
 
@@ -403,6 +489,37 @@ def test_set_weights():
     assert_same_bits(numpy(optimizer.variables), before)
     optimizer.set_weights(filled)
     assert_same_bits(numpy(optimizer.variables), filled)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_set_weights_before_the_build(wrapper):
+    """Its only variables then are counters, which a list may happen to fit."""
+    for weights in ([], [np.int32(3), np.int32(2), np.float32(0.1)]):
+        optimizer = wrapper(adam())
+        with pytest.raises(
+            ValueError, match=rf"{wrapper.__name__} is not built.*\.build"
+        ):
+            optimizer.set_weights(weights)
+        assert int(optimizer.iterations) == 0
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda o: o, *WRAPPERS], ids=["plain", "ahead", "lazy"]
+)
+def test_no_gradients_are_no_update(wrap):
+    """As with Keras's optimizers: neither built on nothing nor counted."""
+    optimizer = wrap(adam())
+    optimizer.apply([], [])
+    optimizer.apply([])
+    assert not optimizer.built
+    model = make_model()
+    build(optimizer, model)
+    before = numpy(optimizer.variables)
+    optimizer.apply([], [])
+    optimizer.apply([])
+    assert_same_bits(numpy(optimizer.variables), before)
+    optimizer.apply([keras.ops.ones(w.shape) for w in model.trainable_variables])
+    assert int(optimizer.iterations) == 1
 
 
 def test_gradients_without_variables():

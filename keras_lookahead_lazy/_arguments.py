@@ -1,0 +1,72 @@
+"""Errors about arguments, with what to write instead."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+
+# What others call an argument of this package: TensorFlow Addons and optax; ports to
+# torch.
+_OUR_NAMES = {
+    "sync_period": "k",
+    "slow_step_size": "alpha",
+    "la_steps": "k",
+    "la_alpha": "alpha",
+    "pullback_momentum": "inner_state",
+}
+_OUR_VALUES = {"none": "maintain", "pullback": "interpolate"}
+
+
+def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:
+    """Raise `TypeError` about keyword arguments that a wrapper does not have.
+
+    Args:
+        unknown: the arguments.
+        wrapper: the class that they were given to.
+        inner: the optimizer in it, which some of them may be meant for.
+    """
+    if not unknown:
+        return
+    cls, inner_cls = wrapper.__name__, type(inner).__name__
+    own = [name for name, p in _parameters(wrapper).items() if p.kind != p.VAR_KEYWORD]
+    renamed = {
+        _OUR_NAMES[name]: _OUR_VALUES.get(str(value), value)
+        for name, value in unknown.items()
+        if _OUR_NAMES.get(name) in own
+    }
+    settings = {name: v for name, v in unknown.items() if _accepts(type(inner), name)}
+    names = ", ".join(f"`{name}`" for name in unknown)
+    message = f"{cls} takes no argument {names}."
+    if renamed:
+        message += f" It has other names here: {cls}(..., {_written(renamed)})."
+    if settings:
+        message += " Give what is meant for the inner optimizer to that one: "
+        message += f"{cls}({inner_cls}({_written(settings)}), ...)."
+    if len(renamed) + len(settings) < len(unknown):
+        message += f" The arguments of {cls} are {', '.join(own)}."
+    raise TypeError(message)
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
+    del parameters["self"]
+    return parameters
+
+
+def _accepts(cls: type, name: str) -> bool:
+    """Whether a constructor has an argument, or hands it on to one that has."""
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = _parameters(base)
+        if name in parameters:
+            return parameters[name].kind != inspect.Parameter.VAR_KEYWORD
+        if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False
