@@ -459,6 +459,17 @@ def lookahead(slow: Array, fast: Array, alpha: float) -> Array:
 
 
 @dataclass
+class Cycle:
+    """A Lookahead's settings and, from its first update on, its slow copies."""
+
+    k: int = 5
+    alpha: float = 0.5
+    inner_state: str = "maintain"
+    slow_weights: list[Array] | None = None
+    slow_slots: list[Slots] | None = None
+
+
+@dataclass
 class State:
     """All values after a step; a list holds one item a weight."""
 
@@ -475,12 +486,14 @@ class Reference:
 
     A table's rows that are not sampled then get their weights back, as they were
     before decay, update and constraint. The EMA and its overwriting of the weights
-    know no rows. Lookahead acts last, and only in steps that update.
+    know no rows. Lookahead acts last, and only in steps that update; of several
+    the inner one first.
 
     Args:
         names: the weights' paths. Only Muon reads them.
         undecayed: indices of the weights that `exclude_from_weight_decay` was given.
-        lookahead: `k`, `alpha`, `inner_state`, with the package's defaults.
+        lookahead: `k`, `alpha`, `inner_state`, with the package's defaults; of nested
+            ones a list, the inner one first.
         lazy: `tables` (indices of weights) and `moments` (by default "decay").
     """
 
@@ -492,7 +505,7 @@ class Reference:
         names: Sequence[str] | None = None,
         constraints: Sequence[Constraint | None] | None = None,
         undecayed: Collection[int] = (),
-        lookahead: dict[str, Any] | None = None,
+        lookahead: dict[str, Any] | list[dict[str, Any]] | None = None,
         lazy: dict[str, Any] | None = None,
     ):
         kind, arguments = optimizer
@@ -501,18 +514,13 @@ class Reference:
         self.names = list(names or [""] * len(self.weights))
         self.constraints = list(constraints or [None] * len(self.weights))
         self.undecayed = undecayed
-        self.k, self.alpha, self.inner_state = 0, 0.5, "maintain"
-        if lookahead is not None:
-            self.k = lookahead.get("k", 5)
-            self.alpha = lookahead.get("alpha", 0.5)
-            self.inner_state = lookahead.get("inner_state", "maintain")
+        nested = lookahead if isinstance(lookahead, list) else [lookahead]
+        self.cycles = [Cycle(**each) for each in nested if each is not None]
         self.tables = lazy["tables"] if lazy else ()
         self.moments = lazy.get("moments", "decay") if lazy else "decay"
         self.slots = self._initial_slots()
         self.averages = [np.zeros_like(w) for w in self.weights]
         self.accumulated = [np.zeros_like(w) for w in self.weights]
-        self.slow_weights: list[Array] | None = None
-        self.slow_slots: list[Slots] | None = None
         self.applied = 0
 
     @property
@@ -522,12 +530,13 @@ class Reference:
 
     @property
     def state(self) -> State:
+        outer = self.cycles[-1] if self.cycles else Cycle()
         return State(
             weights=list(self.weights),
             slots=list(self.slots),
             averages=list(self.averages),
-            slow_weights=self.slow_weights and list(self.slow_weights),
-            slow_slots=self.slow_slots and list(self.slow_slots),
+            slow_weights=outer.slow_weights and list(outer.slow_weights),
+            slow_slots=outer.slow_slots and list(outer.slow_slots),
         )
 
     def apply(self, grads: Sequence[Array]) -> None:
@@ -541,14 +550,16 @@ class Reference:
         self.accumulated = [np.zeros_like(g) if updates else g for g in total]
         sampled = [updates & sampled_rows(total[i]) for i in self.tables]
         if updates:
-            if self.k and self.slow_weights is None:
-                self.slow_weights, self.slow_slots = self.weights, self.slots
+            for cycle in self.cycles:
+                if cycle.slow_weights is None:
+                    cycle.slow_weights, cycle.slow_slots = self.weights, self.slots
             self._update([g / every for g in total], sampled)
         self._average()
         self._constrain(sampled)
         self.applied += 1
-        if updates and self.k and self.updates % self.k == 0:
-            self._sync()
+        for cycle in self.cycles:
+            if updates and self.updates % cycle.k == 0:
+                self._sync(cycle)
 
     def _initial_slots(self) -> list[Slots]:
         slots = self.optimizer.slots
@@ -591,20 +602,20 @@ class Reference:
         for i, rows in zip(self.tables, sampled, strict=True):
             self.weights[i] = only_rows(rows, self.weights[i], before[i])
 
-    def _sync(self) -> None:
-        assert self.slow_weights is not None
-        assert self.slow_slots is not None
-        pairs = zip(self.slow_weights, self.weights, strict=True)
-        self.weights = [lookahead(slow, fast, self.alpha) for slow, fast in pairs]
-        self.slow_weights = self.weights
-        if self.inner_state == "reset":
+    def _sync(self, cycle: Cycle) -> None:
+        assert cycle.slow_weights is not None
+        assert cycle.slow_slots is not None
+        pairs = zip(cycle.slow_weights, self.weights, strict=True)
+        self.weights = [lookahead(slow, fast, cycle.alpha) for slow, fast in pairs]
+        cycle.slow_weights = self.weights
+        if cycle.inner_state == "reset":
             self.slots = self._initial_slots()
-        elif self.inner_state == "interpolate":
+        elif cycle.inner_state == "interpolate":
             self.slots = [
-                {name: lookahead(slow[name], fast[name], self.alpha) for name in fast}
-                for slow, fast in zip(self.slow_slots, self.slots, strict=True)
+                {name: lookahead(slow[name], fast[name], cycle.alpha) for name in fast}
+                for slow, fast in zip(cycle.slow_slots, self.slots, strict=True)
             ]
-            self.slow_slots = self.slots
+            cycle.slow_slots = self.slots
 
 
 def train(

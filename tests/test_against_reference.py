@@ -89,3 +89,32 @@ def test_lookahead_around_lazy(case, mode, moments, inner_state):
         lookahead=settings,
         lazy={"tables": [0], "moments": moments},
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("inner_k", "outer_k", "states"),
+    [
+        (3, 2, ("maintain", "maintain")),
+        (2, 3, ("interpolate", "interpolate")),
+        (3, 3, ("maintain", "interpolate")),
+        (2, 4, ("maintain", "reset")),
+    ],
+)
+@pytest.mark.parametrize("case", OPTIMIZERS[1:4:2], ids=name_of)
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_lookahead_around_lookahead_around_lazy(
+    case, mode, states, inner_k, outer_k, moments
+):
+    inner = {"k": inner_k, "alpha": 0.5, "inner_state": states[0]}
+    outer = {"k": outer_k, "alpha": 0.3, "inner_state": states[1]}
+    compare(
+        lambda o: Lookahead(
+            Lookahead(LazyOptimizer(o, moments=moments), **inner), **outer
+        ),
+        case,
+        mode,
+        sparse=True,
+        lookahead=[inner, outer],
+        lazy={"tables": [0], "moments": moments},
+    )
