@@ -59,7 +59,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="shorter runs, tables of at most 10^6 rows"
+        "--quick",
+        action="store_true",
+        help="shorter runs; tables of at most 10^6 rows in the plot",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes: shows only that it works"
@@ -125,7 +127,9 @@ def list_names(sizes: Sizes, console: Console) -> None:
 def smoke_sizes(draw: str) -> Sizes:
     """Problems that take no time."""
     return Sizes(
+        big_table=2000,
         table=1000,
+        medium_table=500,
         small_table=100,
         rows=64,
         draw=draw,
@@ -155,10 +159,7 @@ def measure_goal(goal: Goal, bench: Bench, console: Console) -> Line:
 def measure_point(variant: Variant, bench: Bench, console: Console) -> Point:
     """Measure a point of the plot of step time against vocabulary."""
     vocabulary = variant.problem.vocabulary
-    if vocabulary > 10**6:
-        # TensorFlow gives memory that it freed back when it ends, not before.
-        bench.workers.close_all()
-    with console.status(f"{variant}, {vocabulary:,} rows"):
+    with console.status(f"{variant}, {vocabulary:,} rows"), bench.room(variant):
         measured = attempt(lambda b: b.step_times([variant])[0], bench)
     text = f"{variant}, {vocabulary:,} rows: {brief(measured)}"
     console.print(text, highlight=False)

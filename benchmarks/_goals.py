@@ -55,7 +55,7 @@ class Sizes:
     """Sizes of the problems, those of the goals by default.
 
     Attributes:
-        table, small_table: rows of the embedding tables.
+        big_table, table, medium_table, small_table: rows of the embedding tables.
         rows: lookups a step.
         draw: how rows are drawn, see `Problem`.
         matrices, matrix: the dense weights, 21 million.
@@ -64,7 +64,9 @@ class Sizes:
         vocabularies: of the plot.
     """
 
+    big_table: int = 10**7
     table: int = 10**6
+    medium_table: int = 10**5
     small_table: int = 10**4
     rows: int = 4096
     draw: str = "uniform"
@@ -99,6 +101,7 @@ class Sizes:
 def goals(sizes: Sizes) -> list[Goal]:
     """All lines of the table."""
     return [
+        *_fit_goals(sizes),
         *_lazy_goals(sizes),
         *_lookahead_goals(sizes),
         *_dense_lazy_goals(sizes),
@@ -123,12 +126,114 @@ def _step(over: Variant, under: Variant, cycle: int = 1) -> Measure:
     return lambda bench: bench.step_ratio(over, under, cycle)
 
 
+def _big_step(over: Variant, under: Variant) -> Measure:
+    def measure(bench: Bench) -> Figure:
+        with bench.room(over):
+            return bench.step_ratio(over, under)
+
+    return measure
+
+
+def _step_memory(variant: Variant) -> Measure:
+    problem = variant.problem
+    size = 4 * problem.vocabulary * problem.width
+    return lambda bench: bench.step_memory(variant, size)
+
+
 def _first(over: Variant, under: Variant) -> Measure:
     return lambda bench: bench.first_step_ratio(over, under)
 
 
 def _share(variant: Variant, streams: float) -> Measure:
     return lambda bench: bench.bandwidth_share(variant, streams, K)
+
+
+def _fit_goals(sizes: Sizes) -> Iterator[Goal]:
+    """Whole steps of `model.fit`: forward, backward, optimizer, metrics and all."""
+    for place, floor in (("graph", 40), ("jit", 15), ("jax", 30), ("torch", 60)):
+
+        def fit(optimizer: str, rows: int, place: str = place) -> Variant:
+            problem = sizes.lookups(rows, sparse=False)
+            return Variant(*PLACES[place], optimizer, problem, "fit")
+
+        lazy = fit("Lazy decay", sizes.table)
+        for moments in ("decay", "freeze"):
+            optimizer = f"Lazy {moments}"
+            large = fit(optimizer, sizes.table)
+            yield Goal(
+                f"fit-{moments}-scale-{place}",
+                f"fit: {optimizer}, {sizes.table:.0e} rows / {sizes.medium_table:.0e}",
+                TITLES[place],
+                _step(large, fit(optimizer, sizes.medium_table)),
+                1.5,
+            )
+            yield Goal(
+                f"fit-{moments}-big-{place}",
+                f"fit: {optimizer}, {sizes.big_table:.0e} rows / {sizes.table:.0e}",
+                TITLES[place],
+                _big_step(fit(optimizer, sizes.big_table), large),
+                2,
+            )
+        yield Goal(
+            f"fit-adam-{place}",
+            "fit: Adam / Lazy decay",
+            TITLES[place],
+            _step(fit("Adam", sizes.table), lazy),
+            floor,
+            is_floor=True,
+        )
+        yield Goal(
+            f"fit-small-{place}",
+            f"fit: Lazy decay / Adam, {sizes.small_table:.0e} rows",
+            TITLES[place],
+            _step(fit("Lazy decay", sizes.small_table), fit("Adam", sizes.small_table)),
+            1.5,
+        )
+        yield Goal(
+            f"fit-lookahead-{place}",
+            "fit: Lookahead(Lazy decay) / Lazy decay",
+            TITLES[place],
+            _step(fit("Lookahead(Lazy decay)", sizes.table), lazy),
+            1.5,
+        )
+        in_use = fit("Adam, package in use", sizes.small_table)
+        apart = dataclasses.replace(
+            in_use,
+            worker=f"{in_use.worker} apart",
+            optimizer="Adam, package not imported",
+        )
+        yield Goal(
+            f"fit-imported-{place}",
+            f"fit: {in_use.optimizer} / not imported",
+            TITLES[place],
+            _step(in_use, apart),
+            # Nothing, and the noise between two processes.
+            1.05,
+        )
+        yield Goal(
+            f"fit-memory-{place}",
+            "fit: memory beyond weights and slots, Lazy decay, in tables",
+            TITLES[place],
+            _step_memory(lazy),
+            0.05,
+        )
+        if place == "graph":
+            tfa = Variant(*TFA, "LazyAdam", lazy.problem, "fit")
+            yield Goal(
+                "fit-tfa",
+                "fit: Lazy decay / tfa LazyAdam",
+                TITLES[place],
+                _step(lazy, tfa),
+                1.1,
+            )
+        if place == "torch":
+            yield Goal(
+                "fit-torch-loop",
+                "fit: Lazy decay / a plain loop with SparseAdam",
+                TITLES[place],
+                _step(lazy, dataclasses.replace(lazy, optimizer="torch SparseAdam")),
+                1.5,
+            )
 
 
 def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
@@ -139,14 +244,14 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
     for moments, limit in (("freeze", 1.0), ("decay", 1.3)):
         yield Goal(
             f"lazy-{moments}-tfa",
-            f"Lazy {moments} / tfa LazyAdam",
+            f"step: Lazy {moments} / tfa LazyAdam",
             TITLES["graph"],
             _step(Variant(*GRAPH, f"Lazy {moments}", large), tfa),
             limit,
         )
         yield Goal(
             f"lazy-{moments}-bare",
-            f"Lazy {moments} / tfa's operations, same TF",
+            f"step: Lazy {moments} / tfa's operations, same TF",
             TITLES["graph"],
             _step(
                 Variant(*GRAPH, f"Lazy {moments}", large),
@@ -155,7 +260,7 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
         )
     yield Goal(
         "lazy-adam",
-        "Adam / Lazy decay",
+        "step: Adam / Lazy decay",
         TITLES["graph"],
         _step(Variant(*GRAPH, "Adam", large), decay),
         40,
@@ -166,7 +271,7 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
         lazy = Variant(*GRAPH, f"Lazy {moments}", large)
         yield Goal(
             f"lazy-{moments}-scale",
-            f"Lazy {moments}, {sizes.table:.0e} rows / {sizes.small_table:.0e}",
+            f"step: Lazy {moments}, {sizes.table:.0e} rows / {sizes.small_table:.0e}",
             TITLES["graph"],
             _step(lazy, dataclasses.replace(lazy, problem=small)),
             1.5,
@@ -174,7 +279,7 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
         )
     yield Goal(
         "lookahead-lazy",
-        "Lookahead(Lazy decay) / Lazy decay",
+        "step: Lookahead(Lazy decay) / Lazy decay",
         TITLES["graph"],
         _step(Variant(*GRAPH, "Lookahead(Lazy decay)", large), decay, K),
         1.5,
@@ -182,7 +287,7 @@ def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:
     )
     yield Goal(
         "lazy-jit",
-        "Lazy decay, jit / graph",
+        "step: Lazy decay, jit / graph",
         "TF",
         _step(Variant(*JIT, "Lazy decay", large), decay),
     )
@@ -199,7 +304,7 @@ def _lookahead_goals(sizes: Sizes) -> Iterator[Goal]:
             peers = _lookahead_peers(place, inner, sizes.dense)
             yield Goal(
                 f"lookahead-{inner.lower()}-{place}",
-                f"Lookahead({inner}) / {inner}",
+                f"step: Lookahead({inner}) / {inner}",
                 TITLES[place],
                 _step(lookahead, bare, K),
                 limit,
@@ -248,7 +353,7 @@ def _dense_lazy_goals(sizes: Sizes) -> Iterator[Goal]:
                 peers["SparseAdam / torch Adam"] = _step(sparse_adam, torch_adam)
             yield Goal(
                 f"lazy-{moments}-dense-{place}",
-                f"Lazy {moments} / Adam, dense gradient",
+                f"step: Lazy {moments} / Adam, dense gradient",
                 TITLES[place],
                 _step(lazy, adam),
                 limit,
@@ -333,13 +438,13 @@ def _gpu_goals(sizes: Sizes) -> Iterator[Goal]:
         lazy, adam = (Variant(*where, name, table) for name in ("Lazy decay", "Adam"))
         yield Goal(
             f"gpu-lookahead-{backend}",
-            "Lookahead(Adam) / Adam",
+            "step: Lookahead(Adam) / Adam",
             where[0],
             _step(dense["Lookahead(Adam)"], dense["Adam"], K),
         )
         yield Goal(
             f"gpu-lazy-dense-{backend}",
-            "Lazy decay / Adam, dense gradient",
+            "step: Lazy decay / Adam, dense gradient",
             where[0],
             _step(lazy, adam),
         )

@@ -19,6 +19,9 @@ from benchmarks._peers import NotMeasured
 from benchmarks._workers import Worker, Workers
 from benchmarks.workers._problem import Problem
 
+# Of each call of `fit`, beside those that do not count: two cycles of k = 5.
+FIT_STEPS = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -29,15 +32,18 @@ class Variant:
         mode: "graph", "jit" or "eager".
         optimizer: its name in the worker.
         problem: what it works on.
+        step: "optimizer" for its own step, "fit" for a whole one of `model.fit`.
     """
 
     worker: str
     mode: str
     optimizer: str
     problem: Problem
+    step: str = "optimizer"
 
     def __str__(self) -> str:
-        return f"{self.optimizer} ({self.worker} {self.mode})"
+        fit = "fit, " if self.step == "fit" else ""
+        return f"{self.optimizer} ({fit}{self.worker} {self.mode})"
 
     @property
     def request(self) -> dict[str, Any]:
@@ -46,6 +52,7 @@ class Variant:
             "key": f"{self} {self.problem}",
             "optimizer": self.optimizer,
             "mode": self.mode,
+            "step": self.step,
             "problem": dataclasses.asdict(self.problem),
         }
 
@@ -122,20 +129,35 @@ class Bench:
         finally:
             worker.ask("drop", key=key)
 
+    @contextmanager
+    def room(self, variant: Variant) -> Iterator[None]:
+        """Have all memory free for a large table, and again after it."""
+        # TensorFlow gives memory that it freed back when it ends, not before.
+        is_large = variant.problem.vocabulary > 10**6
+        if is_large:
+            self.workers.close_all()
+        try:
+            yield
+        finally:
+            if is_large:
+                self.workers.close_all()
+
     def step_times(self, variants: Sequence[Variant], cycle: int = 1) -> list[Figure]:
         """Milliseconds a step of variants that take turns.
 
         In one process the turns are single steps. Between processes they are short
         runs, of which the first step, that finds the caches full of the other's
-        data, does not count.
+        data, does not count. Of whole steps of `fit` they are calls of `fit`.
 
         Args:
             variants: what takes turns.
             cycle: steps over whose mean, rather than each, the median is taken: the
                 k of Lookahead, of which one step in k is dearer.
         """
-        one_process = len({variant.worker for variant in variants}) == 1
-        steps, skipped = (cycle, 0) if one_process else (max(cycle, 5), 1)
+        single = len({variant.worker for variant in variants}) == 1
+        steps, skipped = (cycle, 0) if single else (max(cycle, 5), 1)
+        if any(variant.step == "fit" for variant in variants):
+            single, steps, skipped = False, FIT_STEPS, 0
         fewest, most = self.effort.rounds
         rounds: list[list[float]] = [[] for _ in variants]
         with ExitStack() as stack:
@@ -146,7 +168,7 @@ class Bench:
             while len(rounds[0]) < fewest or (
                 time.monotonic() < end and len(rounds[0]) < most
             ):
-                if one_process:
+                if single:
                     turns = [[run(1)[0] for run in runs] for _ in range(steps)]
                     times = [list(seconds) for seconds in zip(*turns, strict=True)]
                 else:
@@ -181,6 +203,22 @@ class Bench:
         more = [x - y for x, y in zip(a.samples, b.samples, strict=True)]
         parts = {"over": summary(over, a), "under": summary(under, b)}
         return figure([bytes_ / size for bytes_ in more], unit, parts)
+
+    def step_memory(self, variant: Variant, size: float) -> Figure:
+        """What a step needs beyond weights and slots, over `size`."""
+        check_memory(variant)
+        shares = []
+        for _ in range(max(self.effort.processes, 1)):
+            with self._memory_worker(variant.worker) as worker:
+                worker.ask("make", **variant.request)
+                key = variant.request["key"]
+                shares.append(worker.ask("temporary", key=key) / size)
+                worker.ask("drop", key=key)
+        parts = {
+            "variant": str(variant),
+            "problem": dataclasses.asdict(variant.problem),
+        }
+        return figure(shares, "", parts)
 
     def peak(self, variant: Variant) -> Figure:
         """Bytes at the peak of building a variant and making some steps.

@@ -136,11 +136,12 @@ class Workers:
             if self._peers is None:
                 raise NotMeasured("peers were left out")
             return "tfa", str(_peers.tfa_python(self._peers)), no_gpu
-        backend, _, device = name.partition(" on ")
+        # "jax", "jax on GPU", "jax apart": the last in a process of its own.
+        backend, _, device = name.partition(" ")
         if backend not in self._backends:
             raise NotMeasured(f"backend {backend} was left out")
         environment = {"KERAS_BACKEND": backend}
-        if device == "GPU":
+        if device == "on GPU":
             _peers.check_gpu()
         else:
             environment |= no_gpu

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import keras
 from keras.optimizers import SGD, Adam
 
+from benchmarks.workers import _fit
 from benchmarks.workers._problem import Problem
-from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 K = 5
+
+
+def lookahead(inner: keras.Optimizer) -> keras.Optimizer:
+    # Imported where it is needed: one of the processes does without.
+    from keras_lookahead_lazy import Lookahead
+
+    return Lookahead(inner, k=K)
+
+
+def lazy(tables: list, moments: str = "decay") -> keras.Optimizer:
+    from keras_lookahead_lazy import LazyOptimizer
+
+    return LazyOptimizer(Adam(), tables, moments=moments)
+
+
+def adam_alone() -> keras.Optimizer:
+    assert "keras_lookahead_lazy" not in sys.modules
+    return Adam()
+
+
+def adam_beside_lazy() -> keras.Optimizer:
+    """Adam, after a LazyOptimizer has trained another model."""
+    problem = Problem(vocabulary=1000, rows=_fit.LENGTH)
+    other = _fit.build(keras, lazy, "eager", problem)
+    _fit.Fit(keras, other, problem).run(1)
+    others.append(other)
+    return Adam()
+
+
+others: list[keras.Model] = []
 
 OPTIMIZERS = {
     "Adam": lambda tables: Adam(),
     "SGD": lambda tables: SGD(1e-2, momentum=0.9),
-    "Lookahead(Adam)": lambda tables: Lookahead(Adam(), k=K),
-    "Lookahead(SGD)": lambda tables: Lookahead(SGD(1e-2, momentum=0.9), k=K),
-    "Lazy freeze": lambda tables: LazyOptimizer(Adam(), tables, moments="freeze"),
-    "Lazy decay": lambda tables: LazyOptimizer(Adam(), tables),
-    "Lookahead(Lazy decay)": lambda tables: Lookahead(
-        LazyOptimizer(Adam(), tables), k=K
-    ),
+    "Lookahead(Adam)": lambda tables: lookahead(Adam()),
+    "Lookahead(SGD)": lambda tables: lookahead(SGD(1e-2, momentum=0.9)),
+    "Lazy freeze": lambda tables: lazy(tables, "freeze"),
+    "Lazy decay": lazy,
+    "Lookahead(Lazy decay)": lambda tables: lookahead(lazy(tables)),
+    "Adam, package not imported": lambda tables: adam_alone(),
+    "Adam, package in use": lambda tables: adam_beside_lazy(),
 }
 
 
@@ -32,3 +65,19 @@ def build(name: str, problem: Problem) -> tuple[keras.Optimizer, list[keras.Vari
     optimizer = OPTIMIZERS[name](variables[:1])
     optimizer.build(variables)
     return optimizer, variables
+
+
+def build_model(name: str, mode: str, problem: Problem) -> keras.Model:
+    """A model that trains with an optimizer."""
+    return _fit.build(keras, OPTIMIZERS[name], mode, problem)
+
+
+def states(optimizer: keras.Optimizer) -> list[Any]:
+    """The arrays of an optimizer, and of those that it wraps."""
+    values = []
+    inner = optimizer
+    while inner is not None:
+        # Not `variables`: LazyOptimizer would work through all rows for that.
+        values += [variable.value for variable in inner._variables]
+        inner = getattr(inner, "inner_optimizer", None)
+    return values

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.workers._problem import Problem
 
 Step = Callable[[], None]
+PAGE = resource.getpagesize()
 
 
 class Case:
@@ -24,13 +25,23 @@ class Case:
         step: makes one step and returns when it is done.
         temporary: bytes that the compiler says a step needs beyond its arguments
             and results; `None` where no compiler says so.
+        warm_up: steps that do not count, before each run.
     """
 
     def __init__(
-        self, step: Step, temporary: Callable[[], int | None] | None = None
+        self,
+        step: Step,
+        temporary: Callable[[], int | None] | None = None,
+        warm_up: int = 0,
     ) -> None:
-        self.step = step
+        self._step = step
+        self._warm_up = warm_up
         self.temporary = temporary
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds that each of some steps took."""
+        times = [timed(self._step) for _ in range(self._warm_up + steps)]
+        return times[self._warm_up :]
 
 
 Make = Callable[[str, str, Problem], Case]
@@ -42,6 +53,7 @@ class Server:
     Args:
         make: builds a case from an optimizer's name, how to run it ("graph", "jit",
             "eager") and what it works on.
+        make_fit: the same for whole steps of `fit`.
         about: versions and device.
         bandwidth: bytes a second that a copy on the device reads and writes.
     """
@@ -49,10 +61,11 @@ class Server:
     def __init__(
         self,
         make: Make,
+        make_fit: Make,
         about: dict[str, Any],
         bandwidth: Callable[[], float] | None = None,
     ) -> None:
-        self._make = make
+        self._make = {"optimizer": make, "fit": make_fit}
         self._about = about
         self._bandwidth = bandwidth
         self._cases: dict[str, Case] = {}
@@ -65,16 +78,18 @@ class Server:
             raise RuntimeError("this worker cannot measure its device's bandwidth")
         return self._bandwidth()
 
-    def make(self, key: str, optimizer: str, mode: str, problem: dict) -> float:
+    def make(
+        self, key: str, step: str, optimizer: str, mode: str, problem: dict
+    ) -> float:
         """Build a case; the seconds that its first step took, compiling and all."""
         problem["matrix"] = tuple(problem["matrix"])
-        self._cases[key] = self._make(optimizer, mode, Problem(**problem))
-        return timed(self._cases[key].step)
+        case = self._make[step](optimizer, mode, Problem(**problem))
+        self._cases[key] = case
+        return case.run(1)[0]
 
-    def run(self, key: str, steps: int) -> list:
-        """Seconds that each of some steps took."""
-        step = self._cases[key].step
-        return [timed(step) for _ in range(steps)]
+    def run(self, key: str, steps: int) -> list[float]:
+        """Seconds a step, of each or (`fit`) the mean."""
+        return self._cases[key].run(steps)
 
     def drop(self, key: str) -> None:
         del self._cases[key]
@@ -86,10 +101,8 @@ class Server:
 
     def resident(self) -> int:
         """Bytes of memory that the process holds now."""
-        gc.collect()
         try:
-            with open("/proc/self/statm") as statm:
-                return int(statm.read().split()[1]) * resource.getpagesize()
+            return resident()
         except OSError:
             return self.peak()
 
@@ -97,6 +110,26 @@ class Server:
         """The most bytes of memory that the process has held."""
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds now, where the system tells."""
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * PAGE
+
+
+def forget_peak() -> None:
+    """Start anew to take note of the most memory held. Linux alone can."""
+    with open("/proc/self/clear_refs", "w") as clear_refs:
+        clear_refs.write("5")
+
+
+def latest_peak() -> int:
+    """The most bytes of memory held since `forget_peak`."""
+    with open("/proc/self/status") as status:
+        (kilobytes,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024
 
 
 def timed(step: Step) -> float:

@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import keras  # noqa: E402
 import optax  # noqa: E402
 
-from benchmarks.workers import _optimizers  # noqa: E402
+from benchmarks.workers import _fit, _optimizers  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 
 OPTAX = {
@@ -46,11 +46,30 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
         nonlocal state
         state = jax.block_until_ready(update(*state, next(turn)))
 
-    def temporary() -> int | None:
-        compiled = update.lower(*state, batches[0]).compile()
-        return getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    return _serve.Case(step, lambda: temporary(update.lower(*state, batches[0])))
 
-    return _serve.Case(step, temporary)
+
+def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
+    assert mode == "jit"
+    model = _optimizers.build_model(name, mode, problem)
+    parts = ("trainable_variables", "non_trainable_variables")
+
+    def train_step_temporary() -> int | None:
+        variables = [getattr(model, part) for part in parts]
+        variables += [model.optimizer.variables, model.metrics_variables]
+        state = tuple([variable.value for variable in part] for part in variables)
+        ids, labels = _fit.data(problem)
+        batch = slice(problem.rows // _fit.LENGTH)
+        # As in `fit`, which keeps its compiled step to itself.
+        step = jax.jit(model.train_step, donate_argnums=0)
+        return temporary(step.lower(state, (ids[batch], labels[batch])))
+
+    return _fit.Fit(keras, model, problem, train_step_temporary)
+
+
+def temporary(lowered: jax.stages.Lowered) -> int | None:
+    analysis = lowered.compile().memory_analysis()
+    return getattr(analysis, "temp_size_in_bytes", None)
 
 
 def build_keras(name: str, problem: Problem) -> tuple[Update, State]:
@@ -94,4 +113,4 @@ about = {
     "optax": optax.__version__,
     "device": jax.devices()[0].device_kind,
 }
-_serve.serve(_serve.Server(make, about, bandwidth), channel)
+_serve.serve(_serve.Server(make, make_fit, about, bandwidth), channel)

@@ -14,7 +14,8 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from benchmarks.workers._optimizers import build  # noqa: E402
+from benchmarks.workers import _fit  # noqa: E402
+from benchmarks.workers._optimizers import build, build_model  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 
 
@@ -47,6 +48,10 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
     return _serve.Case(lambda: apply(*next(turn), dense))
 
 
+def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
+    return _fit.Fit(keras, build_model(name, mode, problem), problem)
+
+
 def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:
     """The fewest operations for a lazy Adam step, those of tensorflow-addons.
 
@@ -74,4 +79,4 @@ def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:
 
 
 about = {"keras": keras.__version__, "tensorflow": tf.__version__}
-_serve.serve(_serve.Server(make, about), channel)
+_serve.serve(_serve.Server(make, make_fit, about), channel)

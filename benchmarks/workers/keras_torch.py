@@ -14,7 +14,7 @@ os.environ["KERAS_BACKEND"] = "torch"
 import keras  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.workers import _optimizers  # noqa: E402
+from benchmarks.workers import _fit, _optimizers  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +50,44 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
     return _serve.Case(step)
 
 
+def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
+    assert mode == "eager"
+    if name == "torch SparseAdam":
+        return _serve.Case(torch_loop(problem), warm_up=_fit.WARM_UP)
+    model = _optimizers.build_model(name, mode, problem)
+    model.optimizer.build(model.trainable_variables)
+    touch(_optimizers.states(model.optimizer))
+    return _fit.Fit(keras, model, problem)
+
+
+def torch_loop(problem: Problem) -> _serve.Step:
+    """A step of the same model in plain torch, with sparse gradients."""
+    shape = (problem.vocabulary, problem.width)
+    table = torch.nn.Embedding(*shape, sparse=True, device=DEVICE)
+    dense = torch.nn.Linear(problem.width, 1, device=DEVICE)
+    optimizers = [
+        torch.optim.SparseAdam(table.parameters()),
+        torch.optim.Adam(dense.parameters()),
+    ]
+    ids, labels = (torch.as_tensor(a, device=DEVICE) for a in _fit.data(problem))
+    batch = problem.rows // _fit.LENGTH
+    turn = itertools.cycle(
+        list(zip(ids.split(batch), labels.split(batch), strict=True))
+    )
+
+    def step() -> None:
+        words, y = next(turn)
+        loss = torch.nn.functional.mse_loss(dense(table(words).mean(1)), y)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        loss.item()
+
+    return step
+
+
 def tensor(array: object) -> torch.Tensor:
     return torch.as_tensor(array, device=DEVICE)
 
@@ -66,11 +104,7 @@ def synchronize() -> None:
 
 def build_keras(name: str, problem: Problem) -> Update:
     optimizer, variables = _optimizers.build(name, problem)
-    inner = optimizer
-    while inner is not None:
-        # Not `variables`: LazyOptimizer would work through all rows for that.
-        touch([variable.value for variable in inner._variables])
-        inner = getattr(inner, "inner_optimizer", None)
+    touch(_optimizers.states(optimizer))
     return lambda gradients: optimizer.apply(gradients, variables)
 
 
@@ -121,4 +155,4 @@ about = {
     "torch": torch.__version__,
     "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
 }
-_serve.serve(_serve.Server(make, about, bandwidth), channel)
+_serve.serve(_serve.Server(make, make_fit, about, bandwidth), channel)

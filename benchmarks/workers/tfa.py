@@ -11,6 +11,7 @@ channel = _serve.take_stdout()
 import tensorflow as tf  # noqa: E402
 import tensorflow_addons as tfa  # noqa: E402
 
+from benchmarks.workers import _fit  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 
 Adam = tf.keras.optimizers.legacy.Adam
@@ -51,5 +52,11 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
     return _serve.Case(lambda: apply(*next(turn), dense))
 
 
+def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
+    keras = tf.keras
+    model = _fit.build(keras, lambda tables: OPTIMIZERS[name](), mode, problem)
+    return _fit.Fit(keras, model, problem)
+
+
 about = {"tensorflow": tf.__version__, "tensorflow_addons": tfa.__version__}
-_serve.serve(_serve.Server(make, about), channel)
+_serve.serve(_serve.Server(make, make_fit, about), channel)

@@ -1,0 +1,118 @@
+"""Whole steps of `model.fit`: the same in Keras 3 and in Keras 2."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workers import _serve
+from benchmarks.workers._problem import Problem
+
+LENGTH = 32
+# The first steps of a `fit` fill the caches, and compile. They do not count.
+WARM_UP = 5
+
+
+def build(keras: Any, optimizer_of: Callable, mode: str, problem: Problem) -> Any:
+    """A compiled model that looks up `problem.rows` rows a step.
+
+    Args:
+        keras: Keras 3 or `tf.keras`.
+        optimizer_of: makes the optimizer for a list of embedding layers.
+        mode: "jit" to compile with XLA.
+        problem: the size of the table.
+    """
+    words = keras.layers.Embedding(
+        problem.vocabulary,
+        problem.width,
+        embeddings_initializer=keras.initializers.Constant(0.01),
+    )
+    inputs = keras.Input((LENGTH,), dtype="int32")
+    mean = keras.layers.GlobalAveragePooling1D()(words(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(mean))
+    model.compile(optimizer_of([words]), loss="mse", jit_compile=mode == "jit")
+    return model
+
+
+def data(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Fresh rows in every step, and something to learn."""
+    ids = np.stack(problem.row_ids()).reshape(-1, LENGTH)
+    labels = np.random.default_rng(3).standard_normal((len(ids), 1), np.float32)
+    return ids, labels
+
+
+class Fit(_serve.Case):
+    """A model in training.
+
+    Args:
+        keras: Keras 3 or `tf.keras`.
+        model: what trains, from `build`.
+        problem: what it looks up.
+        temporary: as for any case; memory is measured where no compiler says.
+    """
+
+    def __init__(
+        self,
+        keras: Any,
+        model: Any,
+        problem: Problem,
+        temporary: Callable[[], int | None] | None = None,
+    ) -> None:
+        self.temporary = temporary or self._measured_temporary
+        self._model = model
+        self._callback = keras.callbacks.Callback
+        self._data = data(problem)
+        self._batch = problem.rows // LENGTH
+        self._start = 0
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds a step, the mean of some."""
+        times = []
+
+        class Clock(self._callback):  # type: ignore[misc, name-defined]
+            async_safe = True  # Keras waits for each step's loss otherwise.
+
+            def on_train_batch_end(self, batch: int, logs: Any) -> None:
+                if batch in (WARM_UP - 1, WARM_UP + steps - 1):
+                    float(logs["loss"])  # The step has ended when it is known.
+                    times.append(time.perf_counter())
+
+        self._fit(steps, Clock())
+        return [(max(times) - min(times)) / steps]
+
+    def _measured_temporary(self) -> int:
+        """Bytes at the peak of a step beyond what the process holds between steps."""
+        steps, bytes_ = 5, []
+
+        class Watch(self._callback):  # type: ignore[misc, name-defined]
+            def on_train_batch_end(self, batch: int, logs: Any) -> None:
+                if batch == WARM_UP - 1:
+                    # torch keeps a step's gradients until the next.
+                    getattr(self.model, "zero_grad", lambda: None)()
+                    bytes_.append(_serve.resident())
+                    _serve.forget_peak()
+                elif batch == WARM_UP + steps - 1:
+                    bytes_.append(_serve.latest_peak())
+
+        self._fit(steps, Watch())
+        before, peak = bytes_
+        return peak - before
+
+    def _fit(self, steps: int, callback: Any) -> None:
+        ids, labels = self._data
+        size = (WARM_UP + steps) * self._batch
+        if self._start + size > len(ids):
+            self._start = 0
+        part = slice(self._start, self._start + size)
+        self._start += size
+        self._model.fit(
+            ids[part],
+            labels[part],
+            batch_size=self._batch,
+            shuffle=False,
+            verbose=0,
+            callbacks=[callback],
+        )
