@@ -92,6 +92,21 @@ def test_learning_rate_schedule(mode):
         assert_agree(run.step(step), reference.weights)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_callable_learning_rate_and_reset():
+    """What a slot starts from is found without a copy of the learning rate."""
+    arguments = {"momentum": 0.9}
+    weights = make_weights()
+    lookahead = LOOKAHEAD | {"inner_state": "reset"}
+    case = ("SGD", arguments | {"learning_rate": 0.1})
+    reference = Reference(weights, case, lookahead=lookahead)
+    inner = keras.optimizers.SGD(lambda: 0.1, **arguments)
+    run = Run(Lookahead(inner, **lookahead), weights)
+    for step in make_gradients(8, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+
+
 def test_exclude_from_weight_decay():
     case = ("AdamW", {"learning_rate": 0.05, "weight_decay": 0.2})
     weights = make_weights()
