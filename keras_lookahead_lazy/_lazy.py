@@ -30,7 +30,8 @@ class Table:
             a row last; `None` where the backend has no place to note it.
         caught_up: int32 scalar, the update up to which all slots are current. A
             row's slots are current up to this or to its last update.
-        constraint: the user's constraint on the table.
+        constraint: the constraint of the table, which has none while a step runs.
+        steps_running: how many replicas are within a step.
         reason: why the masked form is used, or `None`.
         slow: the slow copy that a Lookahead around this keeps of the table, if rows
             are copied there when a cycle first moves them.
@@ -43,10 +44,11 @@ class Table:
     log_rates: dict[str, float]
     last_update: keras.Variable | None
     caught_up: keras.Variable | None
-    constraint: OnSampledRows | None
     reason: str | None
     slow: keras.Variable | None = None
     lookups: int | None = None
+    constraint: Any = None
+    steps_running: int = 0
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -187,7 +189,7 @@ class LazyOptimizer(OptimizerWrapper):
             reason += "one by one and to decay in closed form"
         elif not _acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
-        last_update = caught_up = constraint = None
+        last_update = caught_up = None
         if engine.SELECTS_UPDATES and (
             inner.gradient_accumulation_steps or self._scales_the_loss()
         ):
@@ -202,18 +204,7 @@ class LazyOptimizer(OptimizerWrapper):
                 name="last_update",
             )
             caught_up = self.add_variable(shape=(), dtype="int32", name="caught_up")
-        if variable.constraint is not None:
-            constraint = OnSampledRows(variable.constraint)
-            variable.constraint = constraint
-        return Table(
-            variable,
-            slots,
-            log_rates or {},
-            last_update,
-            caught_up,
-            constraint,
-            reason,
-        )
+        return Table(variable, slots, log_rates or {}, last_update, caught_up, reason)
 
     def _take_over(self) -> None:
         """Put this optimizer's step on tables in the inner optimizer's place."""
@@ -248,7 +239,7 @@ class LazyOptimizer(OptimizerWrapper):
         for table in left_out:
             self._catch_up_if(table.caught_up < updates, [table])
         grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
-        with self._constraints_on_sampled_rows():
+        with self._without_constraints():
             updated = self._apply_inner(grads, variables)
         self._row_gradients.clear()
         for table in left_out:  # a step without a gradient is none of zeros
@@ -299,15 +290,23 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     @contextlib.contextmanager
-    def _constraints_on_sampled_rows(self) -> Iterator[None]:
-        constraints = [t.constraint for t in self._tables if t.constraint is not None]
-        for constraint in constraints:
-            constraint.applied_by_optimizer += 1
+    def _without_constraints(self) -> Iterator[None]:
+        """Take the tables' constraints away, which Keras would apply to every row.
+
+        The step on a table applies its constraint to the sampled rows.
+        """
+        for table in self._tables:
+            if not table.steps_running:
+                table.constraint = table.variable.constraint
+                table.variable.constraint = None
+            table.steps_running += 1
         try:
             yield
         finally:
-            for constraint in constraints:
-                constraint.applied_by_optimizer -= 1
+            for table in self._tables:
+                table.steps_running -= 1
+                if not table.steps_running:
+                    table.variable.constraint = table.constraint
 
     def _update_table(
         self, table: Table, gradient: Any, variable: Any, learning_rate: Any
@@ -368,7 +367,7 @@ class LazyOptimizer(OptimizerWrapper):
         optimizer.update_step(rows.gradient, weight, learning_rate)
         if table.constraint is not None:
             weight.settle()
-            weight.assign(table.constraint.constraint(weight))
+            weight.assign(table.constraint(weight))
 
         engine.write_rows(variable, variable, rows.indices, weight.settle())
         for name, view in views.items():
@@ -479,25 +478,6 @@ class LazyOptimizer(OptimizerWrapper):
             "embedding_layers": names,
             "moments": self._moments,
         }
-
-
-class OnSampledRows(keras.constraints.Constraint):
-    """A table's constraint, which `LazyOptimizer` applies to the sampled rows.
-
-    Keras applies a variable's constraint to all of it after each step. While a
-    `LazyOptimizer` steps, which has then applied it, this returns the table as it
-    is; otherwise, to another optimizer say, it is the user's constraint.
-    """
-
-    def __init__(self, constraint: Any) -> None:
-        self.constraint = constraint
-        self.applied_by_optimizer = 0
-
-    def __call__(self, w: Any) -> Any:
-        return w if self.applied_by_optimizer else self.constraint(w)
-
-    def get_config(self) -> dict[str, Any]:
-        return {"constraint": keras.constraints.serialize(self.constraint)}
 
 
 def _acts_on_rows(constraint: Any) -> bool:

@@ -337,7 +337,8 @@ def _initial_values(
     stand-ins of the weights with one entry along all axes but the first.
     """
     with engine.outside_graph():
-        copy = type(optimizer).from_config(optimizer.get_config())
+        config = _private.config_with_any_learning_rate(optimizer)
+        copy = type(optimizer).from_config(config)
         stand_ins = [_private.stand_in(variable) for variable in variables]
         copy.build(stand_ins)
         slots = [

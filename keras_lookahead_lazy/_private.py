@@ -22,6 +22,7 @@ __all__ = [
     "apply_weight_decay",
     "called_model",
     "compile_arguments",
+    "config_with_any_learning_rate",
     "innermost",
     "is_known",
     "no_automatic_dependency_tracking",
@@ -71,6 +72,16 @@ def is_known(optimizer: keras.Optimizer, variable: Any) -> bool:
 def path(variable: Any) -> str:
     """A weight's path; of a `tf.Variable`, which has none, the name."""
     return getattr(variable, "path", variable.name)
+
+
+def config_with_any_learning_rate(optimizer: keras.Optimizer) -> dict[str, Any]:
+    """An optimizer's config, with a number for the learning rate.
+
+    A lambda there can be serialized, with a warning, but not loaded.
+    """
+    stand_in = object.__new__(type(optimizer))
+    vars(stand_in).update(vars(optimizer), _learning_rate=None)
+    return stand_in.get_config()
 
 
 def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -139,7 +140,9 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
     `words/embeddings` once the model has been loaded. So either may be the longer,
     and two paths may have become one; `path:3` then means the one in position 3.
     """
-    name, _, position = name.partition(":")
+    position = ""
+    if re.search(r":\d+$", name):  # a layer's name may have a colon, too
+        name, _, position = name.rpartition(":")
     for matches in (
         [v for v in variables if v.path == name],
         [v for v in variables if _is_table(v) and _same_end(_owner(v), name)],

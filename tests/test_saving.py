@@ -305,6 +305,33 @@ def two_tables():
     return keras.Model(inputs, keras.layers.Dense(1)(merged), name="net")
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow: no colon in a name")
+@pytest.mark.parametrize("names", [("user:id",), ("user:0",), ("user:1", "user:0")])
+def test_name_with_a_colon(names, tmp_path):
+    """Which also stands between a path and a position."""
+
+    def compiled():
+        tokens = keras.Input((4,), dtype="int32")
+        layers = [keras.layers.Embedding(16, 3, name=name) for name in names]
+        parts = [keras.layers.Flatten()(layer(tokens)) for layer in layers]
+        merged = keras.layers.Concatenate()([*parts, *parts])
+        model = keras.Model(tokens, keras.layers.Dense(1)(merged))
+        rng = np.random.default_rng(3)
+        model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+        model.compile(Lookahead(LazyOptimizer(adam(), layers), 5), "mse", **QUICK)
+        return model
+
+    whole, half = compiled(), compiled()
+    fit(whole, last=9)
+    fit(half, last=7)
+    half.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    forms = loaded.optimizer.inner_optimizer.step_forms
+    assert [path.split("/")[-2] for path in forms] == list(names)
+    fit(loaded, 7, 9)
+    assert_same_bits(state(loaded), state(whole))
+
+
 def tables_of(model):
     return [w for w in model.trainable_variables if w.name == "embeddings"]
 

@@ -92,6 +92,21 @@ def test_learning_rate_schedule(mode):
         assert_agree(run.step(step), reference.weights)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_callable_learning_rate_and_reset():
+    """What a slot starts from is found without a copy of the learning rate."""
+    arguments = {"momentum": 0.9}
+    weights = make_weights()
+    lookahead = LOOKAHEAD | {"inner_state": "reset"}
+    case = ("SGD", arguments | {"learning_rate": 0.1})
+    reference = Reference(weights, case, lookahead=lookahead)
+    inner = keras.optimizers.SGD(lambda: 0.1, **arguments)
+    run = Run(Lookahead(inner, **lookahead), weights)
+    for step in make_gradients(8, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+
+
 def test_exclude_from_weight_decay():
     case = ("AdamW", {"learning_rate": 0.05, "weight_decay": 0.2})
     weights = make_weights()
@@ -132,6 +147,43 @@ def test_constraint_moves_no_row_that_was_not_sampled(axis, mode):
     table = run.variables[0]
     constrained = keras.ops.convert_to_numpy(table.constraint(table))
     assert_agree([constrained], [max_norm(ours[0].astype("float64"))])
+
+
+def test_constraint_stays_the_users():
+    """Through compiling again, with another optimizer, and in a copy of the model."""
+
+    constraint = keras.constraints.MaxNorm(0.02, axis=1)
+    words = keras.layers.Embedding(10, 3, embeddings_constraint=constraint)
+    layers = [keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), words, *layers])
+    tokens, y = np.full((4, 4), 7), np.ones((4, 1))
+    for _ in range(3):
+        optimizer = LazyOptimizer(keras.optimizers.Adam(0.1))
+        model.compile(optimizer, "mse")
+        before = keras.ops.convert_to_numpy(words.embeddings).copy()
+        model.train_on_batch(tokens, y)
+        after = keras.ops.convert_to_numpy(words.embeddings)
+        assert list(optimizer.step_forms.values()) == ["rows"]
+        assert words.embeddings.constraint is constraint
+        assert list(np.flatnonzero(np.any(after != before, axis=1))) == [7]
+        assert np.linalg.norm(after[7]) == pytest.approx(0.02, rel=1e-4)
+
+    words.embeddings.assign(np.ones((10, 3)))
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.train_on_batch(tokens, y)
+    norms = np.linalg.norm(keras.ops.convert_to_numpy(words.embeddings), axis=1)
+    np.testing.assert_allclose(norms, 0.02, rtol=1e-4)
+    copy = type(words).from_config(words.get_config())
+    assert copy.embeddings_constraint.get_config() == constraint.get_config()
+
+
+def test_constraint_comes_back_after_an_error():
+    constraint = keras.constraints.MaxNorm(0.9, axis=1)
+    optimizer = LazyOptimizer(keras.optimizers.Adam(0.1))
+    run = Run(optimizer, make_weights(), MODES[-1], constraint=constraint)
+    with pytest.raises(ValueError, match="No gradients"):
+        optimizer.apply([None, None, None], run.variables)
+    assert run.variables[0].constraint is constraint
 
 
 def test_iterations_count_updates():
