@@ -235,14 +235,13 @@ class OptimizerWrapper(keras.Optimizer):
     # to the wrapper is stored with it.
 
     def __dir__(self) -> list[str]:
-        """All attributes but those in which Keras must not look for children to save.
+        """All attributes but `variables`.
 
-        `variables` lets lazy slots catch up. A file holds them as they are, so that
-        a run that is saved does not differ, by the rounding of that, from one that is
-        not. And from the wrappers' links to each other Keras would not find out.
+        Keras looks for children to save in all attributes, and `variables` lets
+        lazy slots catch up. A file holds them as they are, so that a run that is
+        saved does not differ, by the rounding of that, from one that is not.
         """
-        hidden = {"variables", "_inside", "_lookahead"}
-        return [name for name in super().__dir__() if name not in hidden]
+        return [name for name in super().__dir__() if name != "variables"]
 
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(self._variables):
