@@ -120,8 +120,9 @@ def stand_in(variable: keras.Variable) -> keras.Variable:
     shape = tuple(variable.shape)
     small = (2,) + (1,) * (len(shape) - 1) if shape else ()
     value = np.arange(1, 1 + math.prod(small), dtype="float32").reshape(small)
-    stand_in = keras.Variable(value, dtype=variable.dtype, name=variable.name)
-    stand_in._path = variable.path
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    stand_in = keras.Variable(value, dtype=dtype, name=path(variable).split("/")[-1])
+    stand_in._path = path(variable)
     return stand_in
 
 
