@@ -54,6 +54,8 @@ class OptimizerWrapper(keras.Optimizer):
     inner_optimizer: keras.Optimizer
     # What the constructor fixes: slots, slow copies and compiled steps depend on it.
     _fixed: tuple[str, ...] = ("inner_optimizer",)
+    # Whether the optimizer around this has warned about the file being loaded.
+    _is_told: bool = False
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -256,18 +258,25 @@ class OptimizerWrapper(keras.Optimizer):
 
         What another optimizer or model stored is left alone, with a warning, as
         Keras's optimizers do. The weights may come from there all the same, so the
-        wrapper then starts anew: with the next update as its first.
+        wrapper then starts anew: with the next update as its first. So it does,
+        without a warning, where the optimizer that was saved had not been built.
         """
+        if not self.built:
+            return
         shapes = [tuple(variable.shape) for variable in self._variables]
         stored = [tuple(store[key].shape) for key in store.keys()]  # noqa: SIM118
         if sorted(stored) != sorted(shapes):
-            warnings.warn(
-                f"The file holds no state for the optimizer {self.name!r} as it is: "
-                f"{len(stored)} variables are stored and {len(shapes)} expected. It "
-                f"was saved with another optimizer or model; {type(self).__name__} "
-                "starts anew.",
-                stacklevel=2,
-            )
+            if stored != [()] and not self._is_told:
+                warnings.warn(
+                    f"The file holds no state for the optimizer {self.name!r} as it "
+                    f"is: {len(stored)} variables are stored and {len(shapes)} "
+                    "expected. It was saved with another optimizer or model, or with "
+                    f"none; {type(self).__name__} starts anew.",
+                    stacklevel=2,
+                )
+                for optimizer in chain(self)[1:]:  # which Keras loads next
+                    vars(optimizer)["_is_told"] = True
+            self._is_told = False
             for variable in self._variables:
                 if "int" in variable.dtype:
                     variable.assign(ops.zeros_like(variable.value))
