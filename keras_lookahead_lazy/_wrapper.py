@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -43,6 +45,7 @@ class OptimizerWrapper(keras.Optimizer):
         misplaced: dict[str, Any],
     ) -> None:
         _backend.check_backend()
+        _private.note_compiled_models(_note)
         inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
         _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
@@ -56,6 +59,8 @@ class OptimizerWrapper(keras.Optimizer):
     _fixed: tuple[str, ...] = ("inner_optimizer",)
     # Whether the optimizer around this has warned about the file being loaded.
     _is_told: bool = False
+    # The model that was compiled with this optimizer last, if it is still there.
+    _model: Callable[[], keras.Model | None] = staticmethod(lambda: None)
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -140,6 +145,15 @@ class OptimizerWrapper(keras.Optimizer):
                 f"weights; it does not know {paths}. One optimizer trains one model: "
                 f"give each its own {type(self).__name__}(...)."
             )
+
+    def stateless_apply(
+        self, optimizer_variables: list, grads: list, trainable_variables: list
+    ) -> tuple[list, list]:
+        """`apply` on values. Whose weights they are only the compiled model tells."""
+        weights = getattr(self._model(), "trainable_variables", [])
+        if self.built and len(weights) == len(trainable_variables):
+            self._check_known(weights, self)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """One step. The optimizer is built, and there is a gradient at least."""
@@ -301,6 +315,12 @@ class OptimizerWrapper(keras.Optimizer):
             config["optimizer"], custom_objects=custom_objects
         )
         return cls(**config)
+
+
+def _note(model: keras.Model) -> None:
+    for optimizer in chain(model.optimizer):
+        if isinstance(optimizer, OptimizerWrapper):
+            vars(optimizer)["_model"] = weakref.ref(model)
 
 
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
