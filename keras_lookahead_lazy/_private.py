@@ -9,13 +9,16 @@ admits.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "innermost",
     "is_known",
     "no_automatic_dependency_tracking",
+    "note_compiled_models",
     "path",
     "register_variables",
     "serialize",
@@ -120,8 +124,9 @@ def stand_in(variable: keras.Variable) -> keras.Variable:
     shape = tuple(variable.shape)
     small = (2,) + (1,) * (len(shape) - 1) if shape else ()
     value = np.arange(1, 1 + math.prod(small), dtype="float32").reshape(small)
-    stand_in = keras.Variable(value, dtype=variable.dtype, name=variable.name)
-    stand_in._path = variable.path
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    stand_in = keras.Variable(value, dtype=dtype, name=path(variable).split("/")[-1])
+    stand_in._path = path(variable)
     return stand_in
 
 
@@ -166,6 +171,24 @@ def called_model() -> Any:
     """The model or layer that the user (or `fit`) called, in whose call this runs."""
     context = global_state.get_global_attribute("current_call_ctx")
     return getattr(context, "entry_layer", None)
+
+
+@functools.cache
+def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
+    """Call `note` with each model that is compiled from now on.
+
+    Keras tells an optimizer nothing of its model. On JAX it hands over mere values,
+    not even variables; frozen weights it hands over nowhere. It is the base class's
+    method, for Keras compares that with a model's own when it loads one.
+    """
+    compile_model = Trainer.compile
+
+    @functools.wraps(compile_model)
+    def compile_and_note(self: keras.Model, *args: Any, **kwargs: Any) -> None:
+        compile_model(self, *args, **kwargs)
+        note(self)
+
+    Trainer.compile = compile_and_note
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

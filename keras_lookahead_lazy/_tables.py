@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import keras
 
+from keras_lookahead_lazy import _private
+
 # What `keras.layers.Embedding` calls its table, and the factor of it that has a
 # row for each token when LoRA is enabled.
 TABLE_NAMES = ("embeddings", "lora_embeddings_a")
@@ -144,9 +146,9 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
     if re.search(r":\d+$", name):  # a layer's name may have a colon, too
         name, _, position = name.rpartition(":")
     for matches in (
-        [v for v in variables if v.path == name],
+        [v for v in variables if _private.path(v) == name],
         [v for v in variables if _is_table(v) and _same_end(_owner(v), name)],
-        [v for v in variables if _same_end(v.path, name)],
+        [v for v in variables if _same_end(_private.path(v), name)],
     ):
         if len(matches) > 1 and position:
             matches = [v for v in matches if position == str(_position(v, variables))]
@@ -177,7 +179,7 @@ def _same_end(path: str, name: str) -> bool:
 
 
 def _owner(variable: keras.Variable) -> str:
-    return variable.path.rpartition("/")[0]
+    return _private.path(variable).rpartition("/")[0]
 
 
 def _is_table(variable: keras.Variable) -> bool:
@@ -193,4 +195,5 @@ def _position(variable: keras.Variable, variables: list[keras.Variable]) -> int:
 
 
 def _listing(variables: list[keras.Variable]) -> str:
-    return ", ".join(f"{v.path} {tuple(v.shape)}" for v in variables) or "none"
+    listed = [f"{_private.path(v)} {tuple(v.shape)}" for v in variables]
+    return ", ".join(listed) or "none"

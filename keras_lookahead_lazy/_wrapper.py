@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -43,6 +45,7 @@ class OptimizerWrapper(keras.Optimizer):
         misplaced: dict[str, Any],
     ) -> None:
         _backend.check_backend()
+        _private.note_compiled_models(_note)
         inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
         _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
@@ -54,6 +57,10 @@ class OptimizerWrapper(keras.Optimizer):
     inner_optimizer: keras.Optimizer
     # What the constructor fixes: slots, slow copies and compiled steps depend on it.
     _fixed: tuple[str, ...] = ("inner_optimizer",)
+    # Whether the optimizer around this has warned about the file being loaded.
+    _is_told: bool = False
+    # The model that was compiled with this optimizer last, if it is still there.
+    _model: Callable[[], keras.Model | None] = staticmethod(lambda: None)
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -138,6 +145,15 @@ class OptimizerWrapper(keras.Optimizer):
                 f"weights; it does not know {paths}. One optimizer trains one model: "
                 f"give each its own {type(self).__name__}(...)."
             )
+
+    def stateless_apply(
+        self, optimizer_variables: list, grads: list, trainable_variables: list
+    ) -> tuple[list, list]:
+        """`apply` on values. Whose weights they are only the compiled model tells."""
+        weights = getattr(self._model(), "trainable_variables", [])
+        if self.built and len(weights) == len(trainable_variables):
+            self._check_known(weights, self)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """One step. The optimizer is built, and there is a gradient at least."""
@@ -255,18 +271,25 @@ class OptimizerWrapper(keras.Optimizer):
 
         What another optimizer or model stored is left alone, with a warning, as
         Keras's optimizers do. The weights may come from there all the same, so the
-        wrapper then starts anew: with the next update as its first.
+        wrapper then starts anew: with the next update as its first. So it does,
+        without a warning, where the optimizer that was saved had not been built.
         """
+        if not self.built:
+            return
         shapes = [tuple(variable.shape) for variable in self._variables]
         stored = [tuple(store[key].shape) for key in store.keys()]  # noqa: SIM118
         if sorted(stored) != sorted(shapes):
-            warnings.warn(
-                f"The file holds no state for the optimizer {self.name!r} as it is: "
-                f"{len(stored)} variables are stored and {len(shapes)} expected. It "
-                f"was saved with another optimizer or model; {type(self).__name__} "
-                "starts anew.",
-                stacklevel=2,
-            )
+            if stored != [()] and not self._is_told:
+                warnings.warn(
+                    f"The file holds no state for the optimizer {self.name!r} as it "
+                    f"is: {len(stored)} variables are stored and {len(shapes)} "
+                    "expected. It was saved with another optimizer or model, or with "
+                    f"none; {type(self).__name__} starts anew.",
+                    stacklevel=2,
+                )
+                for optimizer in chain(self)[1:]:  # which Keras loads next
+                    vars(optimizer)["_is_told"] = True
+            self._is_told = False
             for variable in self._variables:
                 if "int" in variable.dtype:
                     variable.assign(ops.zeros_like(variable.value))
@@ -291,6 +314,12 @@ class OptimizerWrapper(keras.Optimizer):
             config["optimizer"], custom_objects=custom_objects
         )
         return cls(**config)
+
+
+def _note(model: keras.Model) -> None:
+    for optimizer in chain(model.optimizer):
+        if isinstance(optimizer, OptimizerWrapper):
+            vars(optimizer)["_model"] = weakref.ref(model)
 
 
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:

@@ -1,5 +1,9 @@
 """Training that is saved, loaded and continued, against training in one go."""
 
+import copy
+import pickle
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -441,6 +445,42 @@ def test_file_of_another_optimizer(case, tmp_path):
     model.optimizer.learning_rate = 0.0
     fit(model, last=9)
     assert_same_bits(model.get_weights(), weights)
+
+
+OURS = "holds no state"
+
+
+def test_file_of_another_optimizer_is_warned_of_once(tmp_path):
+    model = make_model(adam(), **QUICK)
+    fit(model, last=3)
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make_model(CASES["both"](), **QUICK)
+    fit(model, last=3)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.load_weights(tmp_path / "model.weights.h5")
+        assert sum(OURS in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.filterwarnings(f"error:.*{OURS}")
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.parametrize("case", ["maintain", "decay", "both"])
+def test_no_warning_where_an_optimizer_is_not_built_yet(case, tmp_path):
+    """Neither the one that loads, nor the one that was saved."""
+    trained = make_model(CASES[case](), **QUICK)
+    fit(trained, last=3)
+    trained.save_weights(tmp_path / "trained.weights.h5")
+    new = make_model(CASES[case](), **QUICK)
+    new.load_weights(tmp_path / "trained.weights.h5")
+    assert_same_bits(new.get_weights(), trained.get_weights())
+
+    new = make_model(CASES[case](), **QUICK)
+    for copied in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        fit(copied, last=7)
+        whole = make_model(CASES[case](), **QUICK)
+        fit(whole, last=7)
+        assert_same_bits(state(copied), state(whole))
 
 
 # Slots that lag behind

@@ -213,6 +213,43 @@ def make_data(samples=32):
     return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.Variable")
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
+@pytest.mark.parametrize("inner_state", ["maintain", "interpolate", "reset"])
+def test_variables_of_a_saved_model(inner_state, mode, distributed, tmp_path):
+    """Fine-tuning what `tf.saved_model.load` gives: `tf.Variable`, not Keras's."""
+    import tensorflow as tf
+
+    if distributed and mode != "eager":
+        pytest.skip("there plain Adam fails, too: 'destinations can not be empty'")
+    case = ("Adam", {"learning_rate": 0.05})
+    lookahead = LOOKAHEAD | {"inner_state": inner_state}
+    weights = make_weights()[1:]
+    reference = Reference(weights, case, lookahead=lookahead)
+    module = tf.Module()
+    module.kernel, module.bias = (tf.Variable(w, name="w") for w in weights)
+    tf.saved_model.save(module, str(tmp_path))
+    strategy = tf.distribute.get_strategy()
+    if distributed:
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        module = tf.saved_model.load(str(tmp_path))
+        variables = [module.kernel, module.bias]
+        optimizer = Lookahead(make(case), **lookahead)
+        optimizer.build(variables)
+
+    def apply(gradients):
+        strategy.run(lambda: optimizer.apply(gradients, variables))
+
+    if mode != "eager":
+        apply = tf.function(apply, jit_compile=mode == "jit")
+    for step in make_gradients(8, weights, tables=()):
+        reference.apply(step)
+        apply([tf.constant(gradient) for gradient in step])
+        assert_agree([v.numpy() for v in variables], reference.weights)
+
+
 def test_learning_rate_callbacks():
     x, y = make_data()
     model = make_model()

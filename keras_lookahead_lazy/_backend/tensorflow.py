@@ -190,12 +190,16 @@ def write_rows(variable: Any, like: Any, indices: Any, values: Any) -> None:
 
 
 def _replica(variable: Any, like: Any) -> tf.Variable:
-    if isinstance(variable, keras.Variable):
-        variable = variable.value
+    variable = _native(variable)
     replicas = _strategy(variable).experimental_local_results(variable)
     if len(replicas) == 1:
         return replicas[0]
     return next(replica for replica in replicas if replica.device == like.device)
+
+
+def _native(variable: Any) -> tf.Variable:
+    """The `tf.Variable` in a Keras variable; a model may have such itself."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _strategy(variable: tf.Variable) -> tf.distribute.Strategy:
@@ -243,7 +247,7 @@ def _update_groups_if(predicate: Any, groups: Groups, update: Callable) -> None:
 
         def update_all() -> None:
             for group in groups:
-                first, *others = (variable.value for variable in group)
+                first, *others = map(_native, group)
                 strategy.extended.update(
                     first, update_replica, args=others, group=False
                 )
@@ -257,7 +261,7 @@ def _update_groups_if(predicate: Any, groups: Groups, update: Callable) -> None:
             across_replicas, tf.distribute.get_strategy()
         )
     else:  # outside the scope of the variables' strategy, if they have one
-        strategy = _strategy(groups[0][0].value)
+        strategy = _strategy(_native(groups[0][0]))
         with strategy.scope():
             across_replicas(strategy)
 
