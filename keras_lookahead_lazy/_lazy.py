@@ -24,6 +24,7 @@ class Table:
     Attributes:
         variable: the table, of shape `(vocabulary, ...)`.
         slots: the inner optimizer's slots for it, by name.
+        slots_by_row: the names of those that have an entry for each row.
         log_rates: logarithm of each slot's decay in a step without gradient, where
             the step is computed on rows.
         last_update: int32 variable of shape `(vocabulary,)`, the update that moved
@@ -41,6 +42,7 @@ class Table:
 
     variable: keras.Variable
     slots: dict[str, keras.Variable]
+    slots_by_row: set[str]
     log_rates: dict[str, float]
     last_update: keras.Variable | None
     caught_up: keras.Variable | None
@@ -135,6 +137,7 @@ class LazyOptimizer(OptimizerWrapper):
     def moments(self, moments: str) -> None:
         _check_moments(moments)
         if self.built:
+            self._check_slots(moments, [table.variable for table in self._tables])
             self.catch_up()
         self._moments = moments
 
@@ -165,6 +168,9 @@ class LazyOptimizer(OptimizerWrapper):
         variables = list(variables)
         _check_nesting(self.inner_optimizer)
         found = _tables.find_tables(self._sources, variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        self._check_slots(self._moments, found)
         super().build(variables)
         self._remember(_tables=[self._make_table(variable) for variable in found])
         self._remember(
@@ -179,9 +185,26 @@ class LazyOptimizer(OptimizerWrapper):
             self, [table.variable for table in self._tables if table.reason is None]
         )
 
+    def _check_slots(self, moments: str, tables: list[keras.Variable]) -> None:
+        """Refuse to freeze slots that are not where Keras's optimizers keep them."""
+        inner = _private.innermost(self.inner_optimizer)
+        for table in tables if moments == "freeze" else []:
+            unknown = _private.unknown_slots(inner, table)
+            if unknown:
+                raise ValueError(
+                    "moments='freeze' has to know the inner optimizer's slots for "
+                    f"{table.path}. {type(inner).__name__} made "
+                    f"{', '.join(each.path for each in unknown)}, which may be some, "
+                    "but keeps them in no list with one entry for each weight, in "
+                    "the order of `build`. Keep them like this, or use "
+                    "moments='decay'."
+                )
+
     def _make_table(self, variable: keras.Variable) -> Table:
         inner = _private.innermost(self.inner_optimizer)
         slots = _private.slots(inner, variable)
+        with engine.outside_graph():
+            slots_by_row = _private.slots_by_row(inner, variable)
         log_rates = _decay.log_rates(inner)
         reason = None
         if log_rates is None:
@@ -204,7 +227,15 @@ class LazyOptimizer(OptimizerWrapper):
                 name="last_update",
             )
             caught_up = self.add_variable(shape=(), dtype="int32", name="caught_up")
-        return Table(variable, slots, log_rates or {}, last_update, caught_up, reason)
+        return Table(
+            variable,
+            slots,
+            slots_by_row,
+            log_rates or {},
+            last_update,
+            caught_up,
+            reason,
+        )
 
     def _take_over(self) -> None:
         """Put this optimizer's step on tables in the inner optimizer's place."""
@@ -340,7 +371,7 @@ class LazyOptimizer(OptimizerWrapper):
             # Of the whole table, slots decay in this step where no row was sampled.
             whole = kept[name]
             stays = not (decays and every_row) or name in ("last_update", "slow")
-            by_row = name not in table.slots or self._is_by_row(whole, table)
+            by_row = name not in table.slots or name in table.slots_by_row
             sampled = rows.sampled if by_row and stays else None
             views[name] = _rows.RowView(values, whole, sampled, row_by_row)
 
@@ -362,9 +393,9 @@ class LazyOptimizer(OptimizerWrapper):
 
         inner = _private.innermost(self.inner_optimizer)
         slots = {name: views[name] for name in table.slots}
-        optimizer = _private.with_rows(inner, table.variable, slots)
-        _private.apply_weight_decay(optimizer, weight)
-        optimizer.update_step(rows.gradient, weight, learning_rate)
+        with _private.with_rows(inner, table.variable, slots) as optimizer:
+            _private.apply_weight_decay(optimizer, weight)
+            optimizer.update_step(rows.gradient, weight, learning_rate)
         if table.constraint is not None:
             weight.settle()
             weight.assign(table.constraint(weight))
@@ -372,9 +403,6 @@ class LazyOptimizer(OptimizerWrapper):
         engine.write_rows(variable, variable, rows.indices, weight.settle())
         for name, view in views.items():
             engine.write_rows(kept[name], variable, rows.indices, view.settle())
-
-    def _is_by_row(self, slot: keras.Variable, table: Table) -> bool:
-        return tuple(slot.shape[:1]) == tuple(table.variable.shape[:1])
 
     def _decay(self, table: Table, slots: dict, missed: Any) -> None:
         """Let slots catch up on the steps in which their rows were not sampled."""

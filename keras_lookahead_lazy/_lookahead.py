@@ -337,15 +337,8 @@ def _initial_values(
     stand-ins of the weights with one entry along all axes but the first.
     """
     with engine.outside_graph():
-        config = _private.config_with_any_learning_rate(optimizer)
-        copy = type(optimizer).from_config(config)
-        stand_ins = [_private.stand_in(variable) for variable in variables]
-        copy.build(stand_ins)
-        slots = [
-            slot
-            for stand_in in stand_ins
-            for slot in _private.slots(copy, stand_in).values()
-        ]
+        fresh = _private.fresh_slots(optimizer, variables)
+        slots = [slot for each in fresh for slot in each.values()]
         arrays = [ops.convert_to_numpy(slot) for slot in slots]
     for slot, array in zip(slots, arrays, strict=True):
         if array.min() != array.max():

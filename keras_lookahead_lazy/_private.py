@@ -9,9 +9,10 @@ admits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -26,6 +27,7 @@ __all__ = [
     "called_model",
     "compile_arguments",
     "config_with_any_learning_rate",
+    "fresh_slots",
     "innermost",
     "is_known",
     "no_automatic_dependency_tracking",
@@ -34,7 +36,8 @@ __all__ = [
     "register_variables",
     "serialize",
     "slots",
-    "stand_in",
+    "slots_by_row",
+    "unknown_slots",
     "with_rows",
 ]
 
@@ -130,9 +133,53 @@ def stand_in(variable: keras.Variable) -> keras.Variable:
     return stand_in
 
 
+def fresh_slots(
+    optimizer: keras.Optimizer, variables: list
+) -> list[dict[str, keras.Variable]]:
+    """The slots of a copy of `optimizer`, not trained yet, for each of `variables`.
+
+    The copy is built on stand-ins of the weights, with two entries along the first
+    axis and one along each other.
+    """
+    config = config_with_any_learning_rate(optimizer)
+    copy = type(optimizer).from_config(config)
+    stand_ins = [stand_in(variable) for variable in variables]
+    copy.build(stand_ins)
+    return [slots(copy, each) for each in stand_ins]
+
+
+def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
+    """Names of a table's slots that have an entry for each row.
+
+    Of a table with as many rows as columns, say, Adafactor's averages over both are
+    as long; then a smaller table tells which is which.
+    """
+    shape, found = tuple(variable.shape), slots(optimizer, variable)
+    length = shape[0]
+    if length in shape[1:] and any(tuple(s.shape) != shape for s in found.values()):
+        (found,) = fresh_slots(optimizer, [variable])
+        length = 2
+    return {name for name, slot in found.items() if tuple(slot.shape[:1]) == (length,)}
+
+
+def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Variable]:
+    """Variables that may be slots of a table, but not where `slots` looks for them."""
+    known = [slots(optimizer, v).values() for v in optimizer._trainable_variables]
+    for name in ("_accumulated_gradients", "_model_variables_moving_average"):
+        known.append(vars(optimizer).get(name, []))
+    ids = {id(each) for entries in known for each in entries}
+    rows = tuple(variable.shape[:1])
+    return [
+        each
+        for each in optimizer._variables
+        if tuple(each.shape[:1]) == rows and id(each) not in ids
+    ]
+
+
+@contextlib.contextmanager
 def with_rows(
     optimizer: keras.Optimizer, variable: Any, views: dict[str, keras.Variable]
-) -> keras.Optimizer:
+) -> Iterator[keras.Optimizer]:
     """A stand-in for `optimizer` that finds `views` where one weight's slots were.
 
     It shares everything else (hyperparameters, counters, learning rate), so its
@@ -159,7 +206,11 @@ def with_rows(
         state["_apply_weight_decay"] = BaseOptimizer._apply_weight_decay.__get__(
             stand_in
         )
-    return stand_in
+    before = dict(state)
+    yield stand_in
+    for name, value in state.items():  # what the step noted in attributes of its own
+        if value is not before.get(name):
+            setattr(optimizer, name, value)
 
 
 def apply_weight_decay(optimizer: keras.Optimizer, variable: Any) -> None:

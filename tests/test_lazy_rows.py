@@ -316,6 +316,70 @@ def test_unknown_optimizers(kind, moments, mode, k):
             assert_same_bits([ours[0][idle]], [before[idle]])
 
 
+class InDict(keras.optimizers.Optimizer):
+    """w -= lr m, m = 0.9 m + g, with the momenta in a dict, and its steps counted."""
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self.updates = 0
+        self.momentums = {
+            v.path: self.add_variable_from_reference(v, "m") for v in variables
+        }
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.updates += 1
+        index = self._get_variable_index(variable)
+        momentum = self.momentums[self._trainable_variables[index].path]
+        gradient = ops.convert_to_tensor(gradient)
+        self.assign(momentum, 0.9 * momentum.value + gradient)
+        rate = ops.cast(learning_rate, variable.dtype)
+        self.assign_sub(variable, rate * momentum.value)
+
+
+def test_slots_that_are_not_found_do_not_freeze():
+    lazy = LazyOptimizer(InDict(0.1), moments="freeze")
+    with pytest.raises(ValueError, match="one entry for each weight"):
+        Run(lazy, make_weights())
+    assert not lazy.built
+    lazy = LazyOptimizer(InDict(0.1))
+    Run(lazy, make_weights())
+    with pytest.raises(ValueError, match="words_embeddings_m"):
+        lazy.moments = "freeze"
+    assert lazy.moments == "decay"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_slots_that_are_not_found_decay(mode):
+    weights = make_weights()
+    reference = Masked(InDict(0.1), weights)
+    run = Run(LazyOptimizer(InDict(0.1)), weights, mode, sparse=(0,))
+    for step in make_gradients(8, weights):
+        assert_agree(run.step(step), reference.step(step), 5e-6)
+
+
+def test_attributes_that_a_step_sets():
+    weights = make_weights()
+    inner = InDict(0.1)
+    run = Run(LazyOptimizer(inner), weights, "eager")
+    for step in make_gradients(4, weights):
+        run.step(step)
+    assert inner.updates == 4 * len(weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_square_table_freezes_by_rows(mode):
+    """Adafactor's averages over columns are as long as those over rows."""
+    weights = [w[:4] if i == 0 else w for i, w in enumerate(make_weights())]
+    case = "Adafactor", {"learning_rate": 0.01}
+    reference = Reference(weights, case, lazy={"tables": [0], "moments": "freeze"})
+    run = Run(LazyOptimizer(make(case), moments="freeze"), weights, mode)
+    for step in make_gradients(10, weights):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights, 5e-6)
+
+
 @pytest.mark.parametrize(
     "case", [c for c in OPTIMIZERS if c not in BY_ROW], ids=name_of
 )
