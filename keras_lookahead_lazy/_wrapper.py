@@ -184,7 +184,8 @@ class OptimizerWrapper(keras.Optimizer):
             return 1
         before = _backend.engine.read_count(optimizer.iterations)
         _backend.engine.apply(optimizer, grads, variables)
-        return _backend.engine.read_count(optimizer.iterations) - before
+        # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
+        return (_backend.engine.read_count(optimizer.iterations) - before) % 2
 
     def _scales_the_loss(self) -> bool:
         return any(
