@@ -290,7 +290,7 @@ class OptimizerWrapper(keras.Optimizer):
                     stacklevel=2,
                 )
                 for optimizer in chain(self)[1:]:  # which Keras loads next
-                    vars(optimizer)["_is_told"] = True
+                    optimizer.__dict__["_is_told"] = True
             self._is_told = False
             for variable in self._variables:
                 if "int" in variable.dtype:
@@ -321,7 +321,7 @@ class OptimizerWrapper(keras.Optimizer):
 def _note(model: keras.Model) -> None:
     for optimizer in chain(model.optimizer):
         if isinstance(optimizer, OptimizerWrapper):
-            vars(optimizer)["_model"] = weakref.ref(model)
+            optimizer.__dict__["_model"] = weakref.ref(model)
 
 
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
