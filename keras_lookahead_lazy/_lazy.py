@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class LazyOptimizer(OptimizerWrapper):
             optimizer.
         ValueError: `moments` is unknown, the order of nesting has no meaning, or
             `embedding_layers` names something that is no table of the model (the
-            last may be known in `build` only).
+            last may be known in `build` only). A table that is frozen is a warning.
 
     Reference: Su Jianlin (bojone), keras_lazyoptimizer. Two of its faults are not
     taken over: it masked the learning rate, under which momentum still moved rows
@@ -116,7 +117,9 @@ class LazyOptimizer(OptimizerWrapper):
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self.inner_optimizer)
         self._moments = moments
-        self._remember(_sources=sources, _tables=[], _by_key={}, _row_gradients={})
+        self._remember(
+            _sources=sources, _frozen=[], _tables=[], _by_key={}, _row_gradients={}
+        )
 
     @_private.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
@@ -167,11 +170,21 @@ class LazyOptimizer(OptimizerWrapper):
             return
         variables = list(variables)
         _check_nesting(self.inner_optimizer)
-        found = _tables.find_tables(self._sources, variables)
+        weights = getattr(self._model(), "weights", [])
+        rest = [w for w in weights if not any(w is v for v in variables)]
+        found, frozen = _tables.find_tables(self._sources, variables, rest)
+        if frozen:
+            warnings.warn(
+                f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
+                "All other weights are trained. After unfreezing, compile the model "
+                "with a new LazyOptimizer.",
+                stacklevel=2,
+            )
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._check_slots(self._moments, found)
         super().build(variables)
+        self._remember(_frozen=frozen)
         self._remember(_tables=[self._make_table(variable) for variable in found])
         self._remember(
             _by_key={
@@ -500,7 +513,9 @@ class LazyOptimizer(OptimizerWrapper):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
         tables = [table.variable for table in self._tables]
-        names = _tables.source_names(self._sources, tables, self._trainable_variables)
+        names = _tables.source_names(
+            self._sources, tables, self._trainable_variables, self._frozen
+        )
         return {
             **super().get_config(),
             "embedding_layers": names,

@@ -124,7 +124,9 @@ class Lookahead(OptimizerWrapper):
 
         updated = self._apply_inner(grads, variables)
 
-        updates = updates + updated
+        # Of whole cycles the last is counted only, so that no counter overflows: from
+        # the first update on the count is 1, ..., k, 1, ...
+        updates = updates + updated - updates // self.k * self.k * updated
         is_sync = (updated == 1) & (updates % self.k == 0)
         given = {self._var_key(v) for v in variables or self._trainable_variables}
         present = [pair for pair in pairs if self._var_key(pair[0]) in given]

@@ -164,9 +164,11 @@ def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
 
 def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Variable]:
     """Variables that may be slots of a table, but not where `slots` looks for them."""
-    known = [slots(optimizer, v).values() for v in optimizer._trainable_variables]
-    for name in ("_accumulated_gradients", "_model_variables_moving_average"):
-        known.append(vars(optimizer).get(name, []))
+    known = [
+        *(slots(optimizer, v).values() for v in optimizer._trainable_variables),
+        vars(optimizer).get("_accumulated_gradients", []),
+        vars(optimizer).get("_model_variables_moving_average", []),
+    ]
     ids = {id(each) for entries in known for each in entries}
     rows = tuple(variable.shape[:1])
     return [

@@ -58,50 +58,88 @@ def check_sources(sources: Any) -> list[Source] | None:
 
 
 def find_tables(
-    sources: list[Source] | None, variables: list[keras.Variable]
-) -> list[keras.Variable]:
+    sources: list[Source] | None,
+    variables: list[keras.Variable],
+    frozen: list[keras.Variable],
+) -> tuple[list[keras.Variable], list[str]]:
     """The tables among the weights to train.
 
+    Args:
+        frozen: the model's other weights, where the model is known.
+
+    Returns:
+        The tables, and names of the sources (all where they are `None`) whose tables
+        are frozen.
+
     Raises:
-        ValueError: a source is none of them, or there is no table at all.
+        ValueError: a source is neither, or there is no table at all.
     """
     if sources is None:
         tables = [v for v in variables if _is_table(v)]
-        if not tables:
+        asleep = [_private.path(v) for v in frozen if _is_table(v)]
+        if not tables and not asleep:
             raise ValueError(
                 "LazyOptimizer found no embedding table among the trainable "
                 f"variables: {_listing(variables)}. A table is what a "
                 "keras.layers.Embedding makes; for another kind of layer pass its "
                 "variable, or the variable's path, in `embedding_layers`."
             )
-        return tables
-    tables = []
+        return tables, [] if tables else asleep
+    tables, asleep = [], []
     for source in sources:
-        tables += [t for t in _tables_of(source, variables) if not _is_in(t, tables)]
-    return tables
+        if _is_frozen(source, variables, frozen):
+            asleep.append(_name(source))
+        else:
+            found = _tables_of(source, variables)
+            tables += [table for table in found if not _is_in(table, tables)]
+    return tables, asleep
+
+
+def _is_frozen(source: Source, variables: list, frozen: list) -> bool:
+    """Whether a source stands for a table that is not to be trained now."""
+    if isinstance(source, keras.Variable):
+        return not _is_in(source, variables) and (
+            not source.trainable or _is_in(source, frozen)
+        )
+    if isinstance(source, keras.layers.Layer):
+        tables = [v for v in source.weights if _is_table(v)]
+        return bool(tables) and not any(
+            _is_in(table, source.trainable_variables) for table in tables
+        )
+    return not _fits(source, variables) and _fits(source, frozen)
+
+
+def _fits(name: str, variables: list[keras.Variable]) -> bool:
+    try:
+        _named(name, variables)
+    except ValueError:
+        return False
+    return True
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, str):
+        return source
+    return source.path if isinstance(source, keras.Variable) else source.name
 
 
 def source_names(
     sources: list[Source] | None,
     tables: list[keras.Variable],
     variables: list[keras.Variable],
+    frozen: list[str],
 ) -> list[str] | None:
     """Names that find the same tables in a copy of the model.
 
-    `tables` are those that were found among `variables`, none before the build.
+    `tables` are those that were found among `variables`, none before the build, and
+    `frozen` the names of sources whose tables were frozen then.
     """
     if sources is None:
         return None
     if tables:
-        return [f"{table.path}:{_position(table, variables)}" for table in tables]
-    return [
-        source
-        if isinstance(source, str)
-        else source.path
-        if isinstance(source, keras.Variable)
-        else source.name
-        for source in sources
-    ]
+        found = [f"{table.path}:{_position(table, variables)}" for table in tables]
+        return found + frozen
+    return [_name(source) for source in sources]
 
 
 def unique_names(

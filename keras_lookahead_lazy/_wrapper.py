@@ -184,7 +184,8 @@ class OptimizerWrapper(keras.Optimizer):
             return 1
         before = _backend.engine.read_count(optimizer.iterations)
         _backend.engine.apply(optimizer, grads, variables)
-        return _backend.engine.read_count(optimizer.iterations) - before
+        # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
+        return (_backend.engine.read_count(optimizer.iterations) - before) % 2
 
     def _scales_the_loss(self) -> bool:
         return any(
@@ -288,7 +289,7 @@ class OptimizerWrapper(keras.Optimizer):
                     stacklevel=2,
                 )
                 for optimizer in chain(self)[1:]:  # which Keras loads next
-                    vars(optimizer)["_is_told"] = True
+                    optimizer.__dict__["_is_told"] = True
             self._is_told = False
             for variable in self._variables:
                 if "int" in variable.dtype:
@@ -319,7 +320,7 @@ class OptimizerWrapper(keras.Optimizer):
 def _note(model: keras.Model) -> None:
     for optimizer in chain(model.optimizer):
         if isinstance(optimizer, OptimizerWrapper):
-            vars(optimizer)["_model"] = weakref.ref(model)
+            optimizer.__dict__["_model"] = weakref.ref(model)
 
 
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:

@@ -303,27 +303,58 @@ def test_source_that_is_not_in_the_model_stops_fit_before_the_first_step():
     assert_same_bits(model.get_weights(), before)
 
 
-def test_frozen_embedding():
+@pytest.mark.parametrize("source", ["all", "layer", "variable", "name", "path"])
+def test_frozen_embedding(source):
+    """A warning, and the rest trains as under the inner optimizer."""
     model = make_model()
     words = model.get_layer("words")
     words.trainable = False
-    inner = adam()
-    with pytest.raises(ValueError, match=r"'words'.*frozen.*head/kernel"):
-        build(LazyOptimizer(inner, [words]), model)
-    with pytest.raises(ValueError, match=r"no embedding table.*head/kernel"):
-        build(LazyOptimizer(inner), model)
-    with pytest.raises(ValueError, match=r"'words'.*no trainable"):
-        build(LazyOptimizer(inner, ["words"]), model)
-    assert not inner.built
-    assert_trains_like_new(inner, model)
+    sources = {
+        "all": None,
+        "layer": [words],
+        "variable": [words.embeddings],
+        "name": ["words"],
+        "path": [words.embeddings.path],
+    }[source]
+    initial, ended = model.get_weights(), []
+    for wrap in (lambda o: o, lambda o: LazyOptimizer(o, sources)):
+        model.set_weights(initial)
+        optimizer = wrap(adam())
+        model.compile(optimizer, "mse", run_eagerly=BACKEND != "jax")
+        if isinstance(optimizer, LazyOptimizer):
+            with pytest.warns(UserWarning, match="Frozen, .*words.*unfreezing"):
+                model.fit(*make_data(), batch_size=4, shuffle=False, verbose=0)
+        else:
+            model.fit(*make_data(), batch_size=4, shuffle=False, verbose=0)
+        ended.append(model.get_weights())
+    assert_same_bits(*ended)
+    assert optimizer.step_forms == {}
+    words.trainable = True  # the second phase, with the same line
+    model.compile(LazyOptimizer(adam(), sources), "mse")
+    model.fit(*make_data(), verbose=0)
+    assert list(model.optimizer.step_forms) == [words.embeddings.path]
+
+
+def test_one_of_two_tables_frozen():
+    tables = [keras.layers.Embedding(10, 3, name=name) for name in ("words", "tags")]
+    model = make_model(*tables)
+    tables[0].trainable = False
+    optimizer = LazyOptimizer(adam(), tables)
+    with pytest.warns(UserWarning, match="Frozen, .*: words"):
+        build(optimizer, model)
+    assert list(optimizer.step_forms) == ["tags/embeddings"]
+    assert optimizer.get_config()["embedding_layers"] == ["tags/embeddings:0", "words"]
 
 
 def test_model_without_embedding():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="head")])
     inner = adam()
-    with pytest.raises(ValueError, match=r"no embedding table.*head/kernel \(4, 1\)"):
-        build(LazyOptimizer(inner), model)
-    assert not inner.built
+    optimizer = LazyOptimizer(inner)
+    for _ in range(2):  # whether or not it knows the model
+        with pytest.raises(ValueError, match=r"no embedding table.*head/kernel \(4, 1"):
+            build(optimizer, model)
+        assert not inner.built
+        model.compile(optimizer, "mse")
 
 
 def test_ambiguous_name():

@@ -197,6 +197,28 @@ def test_iterations_count_updates():
     assert int(optimizer.inner_optimizer.iterations) == 3
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_lookahead_beyond_31_bits(accumulating, mode):
+    """A run that has been counted to the end of its counters, by an older version."""
+    arguments = {"learning_rate": 0.1}
+    if accumulating:
+        arguments["gradient_accumulation_steps"] = 2
+    weights = make_weights()
+    case = ("SGD", arguments)
+    reference = Reference(weights, case, lookahead=LOOKAHEAD)
+    inner = make(case)
+    optimizer = Lookahead(inner, **LOOKAHEAD)
+    run = Run(optimizer, weights, mode)
+    for i, step in enumerate(make_gradients(26, weights)):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+        if i == 11:  # in the end of a cycle, as 2 ** 31 - 2 is
+            optimizer._iterations.assign(2**31 - 2)
+            inner._iterations.assign(2**31 - 2)
+    assert int(keras.ops.convert_to_numpy(optimizer._iterations)) <= LOOKAHEAD["k"]
+
+
 def make_model():
     return keras.Sequential(
         [
