@@ -112,7 +112,8 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         `LossScaleOptimizer` there.
 
     Raises:
-        ValueError: the model is not compiled, or `k` or `alpha` is out of range.
+        ValueError: the model is not compiled, its optimizer has a Lookahead already,
+            or `k` or `alpha` is out of range.
     """
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
@@ -121,6 +122,13 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         )
     arguments: dict[str, Any] = _private.compile_arguments(model)
     outer = model.optimizer
+    for each in chain(outer):
+        if isinstance(each, Lookahead):
+            raise ValueError(
+                f"The optimizer of the model {model.name!r} has a Lookahead already, "
+                f"with k={each.k} and alpha={each.alpha}. For others, compile the "
+                "model with a new Lookahead(...)."
+            )
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):
         lookahead = Lookahead(outer.inner_optimizer, k=k, alpha=alpha)
         outer.inner_optimizer = lookahead
