@@ -9,7 +9,9 @@ admits.
 
 from __future__ import annotations
 
+import inspect
 import math
+from types import FrameType
 from typing import Any
 
 import keras
@@ -21,6 +23,7 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 __all__ = [
     "apply_weight_decay",
     "called_model",
+    "caller_of_callbacks",
     "compile_arguments",
     "innermost",
     "no_automatic_dependency_tracking",
@@ -143,6 +146,24 @@ def called_model() -> Any:
     """The model or layer that the user (or `fit`) called, in whose call this runs."""
     context = global_state.get_global_attribute("current_call_ctx")
     return getattr(context, "entry_layer", None)
+
+
+def caller_of_callbacks() -> tuple[FrameType | None, list]:
+    """What is calling a callback: `fit`'s or `evaluate`'s frame, and its callbacks.
+
+    Keras tells a callback neither which others there are nor that `evaluate` was
+    interrupted; both can be seen in the calls.
+    """
+    frame, callbacks = inspect.currentframe(), []
+    frame = frame and frame.f_back
+    while frame:
+        caller = frame.f_locals.get("self")
+        if not isinstance(caller, keras.callbacks.Callback):
+            break
+        if isinstance(caller, keras.callbacks.CallbackList):
+            callbacks = caller.callbacks
+        frame = frame.f_back
+    return frame, callbacks
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
