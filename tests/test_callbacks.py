@@ -248,10 +248,11 @@ class StopIn(keras.callbacks.Callback):
 
 
 def interrupt(model, method="on_test_batch_end"):
-    """Ctrl-C while evaluating on the slow weights."""
+    """Ctrl-C while evaluating on the slow weights; the callbacks live on."""
     callbacks = [SlowWeights(), StopIn(method)]
     with pytest.raises(KeyboardInterrupt):
         model.evaluate(*make_data(seed=6), verbose=0, callbacks=callbacks)
+    return callbacks
 
 
 INTERRUPTED = {
@@ -340,11 +341,10 @@ def test_after_an_interrupted_evaluation(following):
         fit(model, steps=5)
         fast = model.get_weights()
         if interrupted:
-            interrupt(model)
+            _callbacks = interrupt(model)
             if BACKEND != "jax":  # which keeps no weights in the variables then
                 slow = numpy(model.trainable_variables)
                 assert not np.array_equal(slow[1], fast[1])
-            gc.collect()
         result = NEXT[following](model)
         if isinstance(result, keras.callbacks.History):
             result = result.history["loss"]
@@ -359,7 +359,7 @@ def test_save_after_an_interrupted_evaluation(how, tmp_path):
     model = make_model(WRAPPED["Lookahead"](), **QUICK)
     fit(model, steps=7)
     fast = model.get_weights()
-    interrupt(model)
+    _callbacks = interrupt(model)
     file = tmp_path / ("model.keras" if how == "save" else "model.weights.h5")
     getattr(model, how)(file)
     if how == "save":
