@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import keras
 
 from keras_lookahead_lazy import _private
 from keras_lookahead_lazy._lookahead import Lookahead
+from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import chain
 
 
@@ -17,7 +17,13 @@ class SlowWeights(keras.callbacks.Callback):
 
     The fast weights come back bit for bit before training goes on, so the
     trajectory is the one without the callback. Given to `evaluate` or `predict`,
-    it works there, too.
+    it works there, too. After an interruption the fast weights come back with what
+    is next done with the model, be it training, evaluating or saving it.
+
+    `EarlyStopping(restore_best_weights=True)`, before or after it in the list, restores
+    the slow weights of the best epoch; the next update is then Lookahead's first.
+    `ModelCheckpoint` saves the fast weights, unless `save_best_slow_weights`, and
+    `BackupAndRestore` always.
 
     Example:
 
@@ -32,42 +38,95 @@ class SlowWeights(keras.callbacks.Callback):
 
     Args:
         end_on_slow_weights: whether the model keeps the slow weights when `fit`
-            ends. Defaults to `False`.
+            ends. Those that `EarlyStopping` restores take precedence. Defaults to
+            `False`.
+        save_best_slow_weights: whether `ModelCheckpoint(save_best_only=True)` saves
+            the model with its slow weights at the end of an epoch: the model to use,
+            not one to train further. Defaults to `False`.
 
     Raises:
-        ValueError: in the beginning of `fit`, if the model's optimizer has no
-            Lookahead in it.
+        ValueError: in the beginning of `fit`, `evaluate` or `predict`, if the model's
+            optimizer has no Lookahead in it, or if
+            `keras.callbacks.SwapEMAWeights` is in the same list.
+        RuntimeError: another callback trains the model during an evaluation.
     """
 
-    def __init__(self, end_on_slow_weights: bool = False) -> None:
+    def __init__(
+        self, end_on_slow_weights: bool = False, save_best_slow_weights: bool = False
+    ) -> None:
         super().__init__()
         self.end_on_slow_weights = end_on_slow_weights
-        self._fast_weights_aside = contextlib.ExitStack()
+        self.save_best_slow_weights = save_best_slow_weights
+        self._restoring: list[keras.callbacks.EarlyStopping] = []
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        _, callbacks = _private.caller_of_callbacks()
+        if any(isinstance(c, keras.callbacks.SwapEMAWeights) for c in callbacks):
+            raise ValueError(
+                "SlowWeights and SwapEMAWeights would both evaluate on weights of "
+                "their own. Remove one of them from the callbacks."
+            )
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        find_lookahead(self.model)
-        self._fast_weights_aside.close()  # of a validation that was interrupted
+        lookahead = find_lookahead(self.model)
+        self._restoring = []
+        _, callbacks = _private.caller_of_callbacks()
+        for i, callback in enumerate(callbacks):
+            if self._keeps_the_best(callback):
+                callbacks[i] = _OnSlowWeights(callback, lookahead)
+            if isinstance(callback, keras.callbacks.EarlyStopping):
+                self._restoring.append(callback)
+
+    def _keeps_the_best(self, callback: keras.callbacks.Callback) -> bool:
+        if isinstance(callback, keras.callbacks.ModelCheckpoint):
+            return self.save_best_slow_weights and callback.save_best_only
+        return (
+            isinstance(callback, keras.callbacks.EarlyStopping)
+            and callback.restore_best_weights
+        )
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        if self.end_on_slow_weights:
-            find_lookahead(self.model).load_slow_weights(self.model)
+        lookahead = find_lookahead(self.model)
+        # Restored just before this, or right after it.
+        if any(callback.best_weights is not None for callback in self._restoring):
+            lookahead.restart()
+        elif self.end_on_slow_weights:
+            lookahead.load_slow_weights(self.model)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        self._set_aside()
+        frame, _ = _private.caller_of_callbacks()
+        SlowWeightsInModel(
+            find_lookahead(self.model), self.model, evaluation=frame
+        ).__enter__()
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        self._fast_weights_aside.close()
+        frame, _ = _private.caller_of_callbacks()
+        active = find_lookahead(self.model)._slow_weights_in
+        # Not those of a block, or of an evaluation that this one is part of.
+        if active is not None and active.evaluation is frame:
+            active.end()
 
-    def on_predict_begin(self, logs: dict | None = None) -> None:
-        self._set_aside()
+    on_predict_begin, on_predict_end = on_test_begin, on_test_end
 
-    def on_predict_end(self, logs: dict | None = None) -> None:
-        self._fast_weights_aside.close()
 
-    def _set_aside(self) -> None:
-        lookahead = find_lookahead(self.model)
-        self._fast_weights_aside.close()
-        self._fast_weights_aside.enter_context(lookahead.slow_weights(self.model))
+class _OnSlowWeights:
+    """A callback whose `on_epoch_end` finds the slow weights in the model.
+
+    It takes the callback's place in the list of one `fit`.
+    """
+
+    def __init__(
+        self, callback: keras.callbacks.Callback, lookahead: Lookahead
+    ) -> None:
+        self._callback, self._lookahead = callback, lookahead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        with self._lookahead.slow_weights(self._callback.model):
+            self._callback.on_epoch_end(epoch, logs)
 
 
 def find_lookahead(model: keras.Model) -> Lookahead:
@@ -112,7 +171,8 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         `LossScaleOptimizer` there.
 
     Raises:
-        ValueError: the model is not compiled, or `k` or `alpha` is out of range.
+        ValueError: the model is not compiled, its optimizer has a Lookahead already,
+            or `k` or `alpha` is out of range.
     """
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
@@ -121,6 +181,13 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         )
     arguments: dict[str, Any] = _private.compile_arguments(model)
     outer = model.optimizer
+    for each in chain(outer):
+        if isinstance(each, Lookahead):
+            raise ValueError(
+                f"The optimizer of the model {model.name!r} has a Lookahead already, "
+                f"with k={each.k} and alpha={each.alpha}. For others, compile the "
+                "model with a new Lookahead(...)."
+            )
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):
         lookahead = Lookahead(outer.inner_optimizer, k=k, alpha=alpha)
         outer.inner_optimizer = lookahead

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_lookahead_lazy import _private, _rows
 from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
 
 INNER_STATES = ("maintain", "interpolate", "reset")
@@ -59,6 +60,8 @@ class Lookahead(OptimizerWrapper):
     Reference: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
     1 step back", NeurIPS 2019, arXiv:1907.08610.
     """
+
+    _slow_weights_in: SlowWeightsInModel | None = None
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class Lookahead(OptimizerWrapper):
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """Let the inner optimizer update the weights; after every k-th, pull back."""
+        self._end_interrupted_evaluation(is_training=True)
         updates = engine.read_count(self._iterations)
         is_first = updates == 0
         if self._slot_pairs:
@@ -231,16 +235,17 @@ class Lookahead(OptimizerWrapper):
 
         With `use_ema` they are the averages; the next update is then the first.
         """
+        self._end_interrupted_evaluation()
         super().finalize_variable_values(var_list)
         if self.use_ema:
             self.restart()
 
-    @contextlib.contextmanager
-    def slow_weights(self, model: keras.Model) -> Iterator[None]:
+    def slow_weights(self, model: keras.Model) -> AbstractContextManager[None]:
         """Put the slow weights into the model for the length of a `with` block.
 
         The fast weights are set aside and come back bit for bit, also after an
-        exception. Before the first update both are the same.
+        exception. Before the first update both are the same. Of a model that several
+        optimizers train, the weights of this one are concerned.
 
         Example:
 
@@ -258,35 +263,42 @@ class Lookahead(OptimizerWrapper):
             model: the model that this optimizer trains.
 
         Raises:
-            ValueError: the optimizer has not been built for this model's weights.
+            ValueError: in the beginning of the block, if the optimizer has not been
+                built for weights of this model.
+            RuntimeError: the model is trained inside of the block.
         """
-        self._check_trains(model)
-        engine.sync_model(model)
-        fast = [ops.copy(variable) for variable, _ in self._pairs]
-        self.load_slow_weights(model)
-        try:
-            yield
-        finally:
-            for (variable, _), value in zip(self._pairs, fast, strict=True):
-                variable.assign(value)
+        return SlowWeightsInModel(self, model)
 
     def load_slow_weights(self, model: keras.Model) -> None:
         """Give the model the slow weights for good.
 
         Args:
             model: the model that this optimizer trains.
+
+        Raises:
+            ValueError: the optimizer has not been built for weights of this model.
         """
         self._check_trains(model)
+        self._end_interrupted_evaluation()
         engine.sync_model(model)
+        self._assign_slow_weights()
+
+    def _assign_slow_weights(self) -> None:
         if int(ops.convert_to_numpy(self._iterations)) == 0:
             return
         for fast, slow in self._pairs:
             # Never one buffer for both: JAX donates it.
             fast.assign(ops.copy(self._slow_value(fast, slow)))
 
+    def _end_interrupted_evaluation(self, is_training: bool = False) -> None:
+        if self._slow_weights_in is not None:
+            self._slow_weights_in.before_use(is_training)
+
     def _check_trains(self, model: keras.Model) -> None:
-        weights = {id(weight) for weight in model.trainable_variables}
-        if not self.built or not weights <= {id(fast) for fast, _ in self._pairs}:
+        weights = {self._var_key(weight) for weight in model.variables}
+        if not self.built or weights.isdisjoint(
+            self._var_key(fast) for fast, _ in self._pairs
+        ):
             raise ValueError(
                 f"This Lookahead does not train the model {model.name!r} (yet). "
                 "Compile the model with it, and build or fit the model, first."

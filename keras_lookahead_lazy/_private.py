@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import keras
@@ -25,6 +27,7 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 __all__ = [
     "apply_weight_decay",
     "called_model",
+    "caller_of_callbacks",
     "compile_arguments",
     "config_with_any_learning_rate",
     "fresh_slots",
@@ -242,6 +245,24 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
         note(self)
 
     Trainer.compile = compile_and_note
+
+
+def caller_of_callbacks() -> tuple[FrameType | None, list]:
+    """What is calling a callback: `fit`'s or `evaluate`'s frame, and its callbacks.
+
+    Keras tells a callback neither which others there are nor that `evaluate` was
+    interrupted; both can be seen in the calls.
+    """
+    frame, callbacks = inspect.currentframe(), []
+    frame = frame and frame.f_back
+    while frame:
+        caller = frame.f_locals.get("self")
+        if not isinstance(caller, keras.callbacks.Callback):
+            break
+        if isinstance(caller, keras.callbacks.CallbackList):
+            callbacks = caller.callbacks
+        frame = frame.f_back
+    return frame, callbacks
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 The reference is Keras's own optimizer with the sync done in NumPy between steps.
 """
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -245,19 +247,217 @@ class StopIn(keras.callbacks.Callback):
         setattr(self, method, stop)
 
 
-def test_interrupted_validation():
-    """Ctrl-C while validating: training goes on from the fast weights."""
-    recorder, callback = Recorder(), SlowWeights()
-    whole = make_model(WRAPPED["Lookahead"](), **QUICK)
-    fit(whole, epochs=3)
-    model = make_model(WRAPPED["Lookahead"](), **QUICK)
-    validation = {"validation_data": make_data(seed=6)}
-    callbacks = [recorder, callback, StopIn("on_test_batch_end")]
+def interrupt(model, method="on_test_batch_end"):
+    """Ctrl-C while evaluating on the slow weights; the callbacks live on."""
+    callbacks = [SlowWeights(), StopIn(method)]
     with pytest.raises(KeyboardInterrupt):
-        fit(model, callbacks, epochs=2, **validation)
-    assert len(recorder.weights) == STEPS + 1
-    fit(model, [callback], epochs=2, **validation)
+        model.evaluate(*make_data(seed=6), verbose=0, callbacks=callbacks)
+    return callbacks
+
+
+INTERRUPTED = {
+    **WRAPPED,
+    "nested": lambda: Lookahead(Lookahead(sgd(), k=2), k=3),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        Lookahead(sgd(), k=3), initial_scale=2.0
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["on_test_begin", "on_test_batch_end"])
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_interrupted_validation(case, method):
+    """Training goes on from the fast weights, whatever callbacks it has."""
+    whole = make_model(INTERRUPTED[case]())
+    fit(whole, epochs=2)
+    model, callback = make_model(INTERRUPTED[case]()), SlowWeights()
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            model,
+            [callback, StopIn(method)],
+            validation_data=make_data(seed=6),
+            validation_batch_size=BATCH,
+        )
+    fit(model)
     assert_same_bits(state(model), state(whole))
+    del callback
+    gc.collect()
+    assert_same_bits(state(model), state(whole))
+    assert not {"fit", "call", "get_weights"} & set(vars(model))
+
+
+def apply(model):
+    """An update by given gradients."""
+    variables = model.trainable_variables
+    gradients = [keras.ops.ones(v.shape) for v in variables]
+    model.optimizer.apply(gradients, variables)
+
+
+def custom_step(model):
+    """One step of a loop of the user's own, not compiled."""
+    x, y = make_data(1)
+    y = y.astype("float32")
+    variables = model.trainable_variables
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, [v.value for v in variables])
+    else:
+        import torch
+
+        model.zero_grad()
+        loss = torch.mean((model(x) - torch.tensor(y)) ** 2)
+        loss.backward()
+        gradients = [v.value.grad for v in variables]
+    with keras.device("cpu:0"):
+        model.optimizer.apply(gradients, variables)
+
+
+NEXT = {
+    "fit": fit,
+    "train_on_batch": lambda model: model.train_on_batch(*make_data(1)),
+    "apply": apply,
+    "evaluate": evaluate,
+    "test_on_batch": lambda model: model.test_on_batch(*make_data(1)),
+    "predict": lambda model: model.predict(make_data()[0], verbose=0),
+    "get_weights": lambda model: model.get_weights(),
+    "evaluate on slow weights": lambda model: model.evaluate(
+        *make_data(seed=6), verbose=0, callbacks=[SlowWeights()]
+    ),
+}
+if BACKEND != "jax":
+    NEXT["custom step"] = custom_step
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("following", NEXT)
+def test_after_an_interrupted_evaluation(following):
+    """What comes next does what it does without the interruption."""
+    results = {}
+    for interrupted in (False, True):
+        model = make_model(WRAPPED["both"](), **QUICK)
+        fit(model, steps=5)
+        fast = model.get_weights()
+        if interrupted:
+            _callbacks = interrupt(model)
+            if BACKEND != "jax":  # which keeps no weights in the variables then
+                slow = numpy(model.trainable_variables)
+                assert not np.array_equal(slow[1], fast[1])
+        result = NEXT[following](model)
+        if isinstance(result, keras.callbacks.History):
+            result = result.history["loss"]
+        result = [np.asarray(part) for part in keras.tree.flatten(result)]
+        results[interrupted] = result, state(model)
+    for ours, expected in zip(results[True], results[False], strict=True):
+        assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("how", ["save", "save_weights"])
+def test_save_after_an_interrupted_evaluation(how, tmp_path):
+    model = make_model(WRAPPED["Lookahead"](), **QUICK)
+    fit(model, steps=7)
+    fast = model.get_weights()
+    _callbacks = interrupt(model)
+    file = tmp_path / ("model.keras" if how == "save" else "model.weights.h5")
+    getattr(model, how)(file)
+    if how == "save":
+        loaded = keras.models.load_model(file)
+    else:
+        loaded = make_model(WRAPPED["Lookahead"]())
+        loaded.load_weights(file)
+    assert_same_bits(loaded.get_weights(), fast)
+    interrupt(model)
+    if how == "save_weights":  # what is loaded stays
+        loaded = make_weights(model, seed=8)
+        model.set_weights(loaded)
+        assert_same_bits(model.get_weights(), loaded)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a stateless loop")
+def test_stateless_step_after_an_interrupted_evaluation():
+    """Its weights were collected before anything can put the fast ones back."""
+    model = make_model(WRAPPED["Lookahead"]())
+    fit(model, steps=7)
+    fast = model.get_weights()
+    weights = [keras.ops.convert_to_tensor(v) for v in make_weights(model, seed=8)]
+    interrupt(model)
+    with pytest.raises(RuntimeError, match=r"interrupted.*model\.get_weights"):
+        model.stateless_call(weights, [], make_data(1)[0])
+    assert_same_bits(model.get_weights(), fast)
+    model.stateless_call(weights, [], make_data(1)[0])
+
+
+def test_garbage_collection_writes_nothing():
+    model = make_model(WRAPPED["Lookahead"](), **QUICK)
+    fit(model, steps=7)
+    interrupt(model)
+    variables = model.trainable_variables
+    for variable in variables:
+        variable.assign(keras.ops.ones(variable.shape))
+    del model
+    gc.collect()
+    assert all((value == 1).all() for value in numpy(variables))
+
+
+TRAINING = {name: NEXT[name] for name in ("fit", "train_on_batch", "apply")}
+
+
+@pytest.mark.parametrize("training", TRAINING)
+def test_training_on_the_slow_weights(training):
+    """Is refused: it would be undone in the weights, but not in the counters."""
+    model = make_model(WRAPPED["both"]())
+    fit(model, steps=5)
+    lookahead, fast = model.optimizer, state(model)
+    with lookahead.slow_weights(model):
+        slow = state(model)
+        with pytest.raises(RuntimeError, match=r"slow weights.*Train before or after"):
+            TRAINING[training](model)
+        assert_same_bits(state(model), slow)
+    assert_same_bits(state(model), fast)
+    TRAINING[training](model)
+
+
+def test_training_in_a_validation():
+    """Of a callback: refused too, and nothing is lost."""
+
+    class Train(keras.callbacks.Callback):
+        def on_test_end(self, logs=None):
+            with pytest.raises(RuntimeError, match="slow weights"):
+                self.model.train_on_batch(*make_data(1))
+            self.predicted = self.model.predict(make_data(1)[0], verbose=0)
+
+    model = make_model(WRAPPED["Lookahead"](), **QUICK)
+    train, recorder = Train(), Recorder()
+    validation = {"validation_data": make_data(seed=6)}
+    fit(model, [recorder, train, SlowWeights()], steps=7, **validation)
+    fast = model.get_weights()
+    assert_same_bits(fast, recorder.weights[7])
+    model.set_weights(recorder.weights[5])
+    expected = model.predict(make_data(1)[0], verbose=0)
+    assert_same_bits([train.predicted], [expected])
+
+
+def test_slow_weights_of_a_part():
+    """Two optimizers on one model: each serves the weights that it trains."""
+    model = make_model()
+    parts = model.trainable_variables[:2], model.trainable_variables[2:]
+    optimizers = Lookahead(sgd(), k=3), Lookahead(sgd(), k=4)
+    weights = []
+    for _ in range(5):
+        for optimizer, part in zip(optimizers, parts, strict=True):
+            optimizer.apply([keras.ops.ones(v.shape) for v in part], part)
+        weights.append(model.get_weights())
+    first, second = optimizers
+    with first.slow_weights(model):
+        assert_same_bits(model.get_weights(), weights[2][:2] + weights[4][2:])
+        with second.slow_weights(model):
+            assert_same_bits(model.get_weights(), weights[2][:2] + weights[3][2:])
+        assert_same_bits(model.get_weights(), weights[2][:2] + weights[4][2:])
+    assert_same_bits(model.get_weights(), weights[4])
+    second.load_slow_weights(model)
+    assert_same_bits(model.get_weights(), weights[4][:2] + weights[3][2:])
 
 
 @pytest.mark.parametrize("case", WRAPPED)
@@ -306,6 +506,89 @@ def test_in_a_loss_scale_optimizer():
         sync = recorder.updates.index(updates - updates % 3)
         plain.set_weights(recorder.weights[sync])
         assert loss == pytest.approx(evaluate(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("use", ["fit", "evaluate", "predict"])
+def test_with_swap_ema_weights(use, order):
+    """Both would move the weights aside; they are refused before anything changes."""
+    model = make_model(Lookahead(keras.optimizers.SGD(0.1, use_ema=True)), **QUICK)
+    fit(model, steps=3)
+    before = state(model)
+    callbacks = [SlowWeights(), keras.callbacks.SwapEMAWeights()][::order]
+    x, y = make_data()
+    data = (x,) if use == "predict" else (x, y)
+    with pytest.raises(ValueError, match=r"SwapEMAWeights.*Remove one"):
+        getattr(model, use)(*data, callbacks=callbacks, verbose=0)
+    assert_same_bits(state(model), before)
+
+
+class SetLoss(keras.callbacks.Callback):
+    """Gives each epoch a loss to be monitored, the second's the lowest."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["val_loss"] = [0.5, 0.1, 0.3, 0.4][epoch]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("end_on_slow_weights", [False, True])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_early_stopping(case, end_on_slow_weights, order):
+    """Restores the best epoch's slow weights, those that were validated."""
+    optimizer = WRAPPED[case]()
+    recorder = Recorder()
+    stop = keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True)
+    both = [SlowWeights(end_on_slow_weights), stop][::order]
+    model = make_model(optimizer, **QUICK)
+    fit(model, [recorder, SetLoss(), *both], epochs=6, steps=7)
+    assert len(recorder.weights) == 1 + 4 * 7
+    best = recorder.weights[14 - 14 % optimizer.k]
+    assert not np.array_equal(best[1], recorder.weights[14][1])
+    assert_same_bits(model.get_weights(), best)
+    # The next update is the first, and the callback is as it was.
+    with optimizer.slow_weights(model):
+        assert_same_bits(model.get_weights(), best)
+    stop.model.set_weights(recorder.weights[0])
+    stop.on_train_begin()
+    stop.on_epoch_end(0, {"val_loss": 1.0})
+    assert_same_bits(stop.best_weights, recorder.weights[0])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_model_checkpoint(slow, order, tmp_path):
+    optimizer = WRAPPED["Lookahead"]()
+    recorder, file = Recorder(), tmp_path / "best.weights.h5"
+    save = keras.callbacks.ModelCheckpoint(
+        file, save_best_only=True, save_weights_only=True
+    )
+    both = [SlowWeights(save_best_slow_weights=slow), save][::order]
+    model = make_model(optimizer, **QUICK)
+    fit(model, [recorder, SetLoss(), *both], epochs=3, steps=7)
+    assert_same_bits(model.get_weights(), recorder.weights[21])
+    model.load_weights(file)
+    best = 14 - 14 % optimizer.k if slow else 14
+    assert_same_bits(model.get_weights(), recorder.weights[best])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+def test_backup_and_restore(order, tmp_path):
+    """The backup is of the fast weights: a run that is resumed is the whole run."""
+    whole, model = (make_model(WRAPPED["Lookahead"](), **QUICK) for _ in range(2))
+    fit(whole, epochs=3, steps=7)
+    for stopping in (True, False):
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        slow = SlowWeights(save_best_slow_weights=True)
+        callbacks = [slow, backup][::order]
+        validation = {"validation_data": make_data(seed=6)}
+        if stopping:
+            callbacks.append(StopIn("on_epoch_end"))
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, callbacks, epochs=3, steps=7, **validation)
+            model.set_weights(make_weights(model, seed=8))
+        else:
+            fit(model, callbacks, epochs=3, steps=7, **validation)
+    assert_same_bits(state(model), state(whole))
 
 
 # inject

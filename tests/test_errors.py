@@ -492,6 +492,17 @@ def test_inject_with_bad_arguments_in_float16():
     assert model.optimizer.inner_optimizer is inner
 
 
+def test_inject_twice():
+    model = make_model()
+    model.compile(LazyOptimizer(adam()), "mse")
+    lookahead = inject(model, k=3)
+    match = r"'net' has a Lookahead already.*k=3.*compile"
+    with pytest.raises(ValueError, match=match):
+        inject(model, k=7)
+    assert model.optimizer is lookahead
+    assert isinstance(lookahead.inner_optimizer, LazyOptimizer)
+
+
 def test_slow_weights_callback_without_lookahead():
     model = make_model()
     model.compile(LazyOptimizer(adam()), "mse")
