@@ -33,7 +33,6 @@ class Table:
         caught_up: int32 scalar, the update up to which all slots are current. A
             row's slots are current up to this or to its last update.
         constraint: the constraint of the table, which has none while a step runs.
-        steps_running: how many replicas are within a step.
         reason: why the masked form is used, or `None`.
         slow: the slow copy that a Lookahead around this keeps of the table, if rows
             are copied there when a cycle first moves them.
@@ -51,7 +50,6 @@ class Table:
     slow: keras.Variable | None = None
     lookups: int | None = None
     constraint: Any = None
-    steps_running: int = 0
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -115,11 +113,12 @@ class LazyOptimizer(OptimizerWrapper):
         sources = _tables.check_sources(embedding_layers)
         _check_moments(moments)
         super().__init__(optimizer, name, misplaced)
-        _check_nesting(self.inner_optimizer)
+        _check_nesting(self._inner)
         self._moments = moments
         self._remember(
             _sources=sources, _frozen=[], _tables=[], _by_key={}, _row_gradients={}
         )
+        self._steps_running = 0  # one for each replica within a step
 
     @_private.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
@@ -169,7 +168,7 @@ class LazyOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = list(variables)
-        _check_nesting(self.inner_optimizer)
+        _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         rest = [w for w in weights if not any(w is v for v in variables)]
         found, frozen = _tables.find_tables(self._sources, variables, rest)
@@ -180,8 +179,8 @@ class LazyOptimizer(OptimizerWrapper):
                 "with a new LazyOptimizer.",
                 stacklevel=2,
             )
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
+        if not self._inner.built:
+            self._inner.build(variables)
         self._check_slots(self._moments, found)
         super().build(variables)
         self._remember(_frozen=frozen)
@@ -200,7 +199,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _check_slots(self, moments: str, tables: list[keras.Variable]) -> None:
         """Refuse to freeze slots that are not where Keras's optimizers keep them."""
-        inner = _private.innermost(self.inner_optimizer)
+        inner = _private.innermost(self._inner)
         for table in tables if moments == "freeze" else []:
             unknown = _private.unknown_slots(inner, table)
             if unknown:
@@ -214,7 +213,7 @@ class LazyOptimizer(OptimizerWrapper):
                 )
 
     def _make_table(self, variable: keras.Variable) -> Table:
-        inner = _private.innermost(self.inner_optimizer)
+        inner = _private.innermost(self._inner)
         slots = _private.slots(inner, variable)
         with engine.outside_graph():
             slots_by_row = _private.slots_by_row(inner, variable)
@@ -251,26 +250,31 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     def _take_over(self) -> None:
-        """Put this optimizer's step on tables in the inner optimizer's place."""
-        inner = _private.innermost(self.inner_optimizer)
+        """Put this optimizer's step on tables in the inner optimizer's place.
+
+        While no step runs, the inner optimizer is what it was.
+        """
+        inner = _private.innermost(self._inner)
         update_step = inner.update_step
         apply_weight_decay = inner._apply_weight_decay
 
+        def is_lazy(variable: Any) -> bool:
+            return self._steps_running > 0 and self._table(variable) is not None
+
         def update(gradient: Any, variable: Any, learning_rate: Any) -> None:
-            table = self._by_key.get(inner._var_key(variable))
-            if table is None:
-                update_step(gradient, variable, learning_rate)
+            if is_lazy(variable):
+                self._update_table(gradient, variable, learning_rate)
             else:
-                self._update_table(table, gradient, variable, learning_rate)
+                update_step(gradient, variable, learning_rate)
 
         def decay_weights(variables: list) -> None:
-            rest = [v for v in variables if self._table(v) is None]
+            rest = [v for v in variables if not is_lazy(v)]
             if rest:
                 apply_weight_decay(rest)
 
         inner.update_step = update
         inner._apply_weight_decay = decay_weights
-        engine.take_over_tables(inner, lambda v: self._table(v) is not None)
+        engine.take_over_tables(inner, is_lazy)
 
     def _table(self, variable: Any) -> Table | None:
         return self._by_key.get(self._var_key(variable))
@@ -283,7 +287,7 @@ class LazyOptimizer(OptimizerWrapper):
         for table in left_out:
             self._catch_up_if(table.caught_up < updates, [table])
         grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
-        with self._without_constraints():
+        with self._step():
             updated = self._apply_inner(grads, variables)
         self._row_gradients.clear()
         for table in left_out:  # a step without a gradient is none of zeros
@@ -322,7 +326,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
-        inner = _private.innermost(self.inner_optimizer)
+        inner = _private.innermost(self._inner)
         return any(
             getattr(inner, setting) is not None
             for setting in (
@@ -334,33 +338,29 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     @contextlib.contextmanager
-    def _without_constraints(self) -> Iterator[None]:
-        """Take the tables' constraints away, which Keras would apply to every row.
-
-        The step on a table applies its constraint to the sampled rows.
-        """
-        for table in self._tables:
-            if not table.steps_running:
+    def _step(self) -> Iterator[None]:
+        """Take tables over, and their constraints, which Keras applies to every row."""
+        self._steps_running += 1
+        if self._steps_running == 1:
+            for table in self._tables:
                 table.constraint = table.variable.constraint
                 table.variable.constraint = None
-            table.steps_running += 1
         try:
             yield
         finally:
-            for table in self._tables:
-                table.steps_running -= 1
-                if not table.steps_running:
+            self._steps_running -= 1
+            if not self._steps_running:
+                for table in self._tables:
                     table.variable.constraint = table.constraint
 
-    def _update_table(
-        self, table: Table, gradient: Any, variable: Any, learning_rate: Any
-    ) -> None:
+    def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """The inner optimizer's own step, on the sampled rows of a table.
 
         Args:
             gradient: dense or sparse gradient of the table.
             variable: the table, or the replica of it that is being updated.
         """
+        table = self._by_key[self._var_key(variable)]
         decays = self._moments == "decay"
         row_by_row = table.reason is None
         noted = table.last_update is not None
@@ -404,7 +404,7 @@ class LazyOptimizer(OptimizerWrapper):
                 slow.assign(_rows.where(is_first, weight.value, slow.value))
             last_update.assign(now + ops.zeros_like(last_update.value))
 
-        inner = _private.innermost(self.inner_optimizer)
+        inner = _private.innermost(self._inner)
         slots = {name: views[name] for name in table.slots}
         with _private.with_rows(inner, table.variable, slots) as optimizer:
             _private.apply_weight_decay(optimizer, weight)
@@ -428,8 +428,10 @@ class LazyOptimizer(OptimizerWrapper):
     def catch_up(self) -> None:
         """Make the slots of every row current, which a step does for its rows only.
 
-        Call it before slots are read, between two calls of `fit`. Training goes on
-        the same with and without it, but for rounding.
+        Reading `variables` or `inner_optimizer` does it, too, on TensorFlow and torch.
+        Call it between two calls of `fit`, before the inner optimizer is used without
+        this one, and on JAX before slots are read. Training goes on the same with and
+        without it, but for rounding.
         """
         self._catch_up_if(ops.convert_to_tensor(True), self._tables)
 
@@ -499,16 +501,17 @@ class LazyOptimizer(OptimizerWrapper):
         now = ops.cast(engine.read_count(self._iterations), "int32")
         return table.last_update, now, table.lookups
 
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """The wrapper's own variables, then the inner optimizer's.
-
-        On TensorFlow and torch slots are caught up. On JAX, where `fit` keeps their
-        values elsewhere, they may lag until `catch_up()`.
-        """
-        if engine.VARIABLES_HOLD_STATE and self.built and not engine.is_recording():
+    def _make_slots_current(self) -> None:
+        # Not on JAX, where `fit` keeps slots elsewhere. And a file holds them as they
+        # are, so that a run that is saved does not differ, by the rounding of this,
+        # from one that is not.
+        if (
+            engine.VARIABLES_HOLD_STATE
+            and self.built
+            and not engine.is_recording()
+            and not _private.is_saving_or_loading()
+        ):
             self.catch_up()
-        return super().variables
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""

@@ -95,7 +95,7 @@ class Lookahead(OptimizerWrapper):
     @_private.no_automatic_dependency_tracking
     def _make_slow_copies(self) -> None:
         # Zeros until the first update runs: only then are the weights known.
-        innermost = _private.innermost(self.inner_optimizer)
+        innermost = _private.innermost(self._inner)
         slots = [
             slot
             for variable in self._trainable_variables
@@ -168,7 +168,7 @@ class Lookahead(OptimizerWrapper):
     def _copy_rows_where_they_move(self) -> None:
         self._by_row, inside = [], self._inside()
         # JAX's optimizer that may skip an update cannot write this one's variables.
-        between = self.inner_optimizer is not inside
+        between = self._inner is not inside
         if inside is not None and not (between and engine.SELECTS_UPDATES):
             self._by_row = inside.copy_moved_rows(self.updates_in_cycle, self._pairs)
 
@@ -177,7 +177,7 @@ class Lookahead(OptimizerWrapper):
 
         (A method: Keras saves an attribute that holds an optimizer as one more child.)
         """
-        inside = chain(self.inner_optimizer)
+        inside = chain(self._inner)
         return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
 
     def copy_moved_rows(self, updates_in_cycle: Callable, copies: list) -> list:

@@ -31,8 +31,10 @@ __all__ = [
     "compile_arguments",
     "config_with_any_learning_rate",
     "fresh_slots",
+    "inner",
     "innermost",
     "is_known",
+    "is_saving_or_loading",
     "no_automatic_dependency_tracking",
     "note_compiled_models",
     "path",
@@ -56,9 +58,17 @@ _NOT_SLOTS = {
 
 def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
     """The optimizer at the end of a chain of `inner_optimizer`s."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    while (inside := inner(optimizer)) is not None:
+        optimizer = inside
     return optimizer
+
+
+def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
+    """The optimizer inside of a wrapper, also Keras's own; `None` inside of others.
+
+    The attribute `inner_optimizer` of a `LazyOptimizer` makes slots current, too.
+    """
+    return vars(optimizer).get("inner_optimizer")
 
 
 def register_variables(optimizer: keras.Optimizer, variables: list) -> None:
@@ -263,6 +273,19 @@ def caller_of_callbacks() -> tuple[FrameType | None, list]:
             callbacks = caller.callbacks
         frame = frame.f_back
     return frame, callbacks
+
+
+def is_saving_or_loading() -> bool:
+    """Whether Keras reads or writes a file, and this is called from there.
+
+    It goes through all attributes then, and reads those that compute something, too.
+    """
+    frame = inspect.currentframe()
+    while frame:
+        if frame.f_globals.get("__name__", "").startswith("keras.src.saving."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

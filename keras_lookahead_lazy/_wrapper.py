@@ -18,13 +18,13 @@ def _setting(name: str) -> Any:
     """A property that reads and writes the inner optimizer's attribute."""
 
     def read(self: OptimizerWrapper) -> Any:
-        return getattr(self.inner_optimizer, name)
+        return getattr(self._inner, name)
 
     def write(self: OptimizerWrapper, value: Any) -> None:
         # The base class's `__init__` sets its defaults before there is an inner
         # optimizer; they are not meant for that one.
         if "inner_optimizer" in vars(self):
-            setattr(self.inner_optimizer, name, value)
+            setattr(self._inner, name, value)
 
     return property(read, write, doc=f"`{name}` of the inner optimizer.")
 
@@ -49,12 +49,26 @@ class OptimizerWrapper(keras.Optimizer):
         inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
         _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
-        super().__init__(
-            learning_rate=lambda: self.inner_optimizer.learning_rate, name=name
-        )
+        super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
 
-    inner_optimizer: keras.Optimizer
+    @property
+    def inner_optimizer(self) -> keras.Optimizer:
+        """The optimizer inside."""
+        self._make_slots_current()
+        return self._inner
+
+    @inner_optimizer.setter
+    def inner_optimizer(self, optimizer: keras.Optimizer) -> None:
+        self.__dict__["inner_optimizer"] = optimizer
+
+    @property
+    def _inner(self) -> keras.Optimizer:
+        return vars(self)["inner_optimizer"]
+
+    def _make_slots_current(self) -> None:
+        """Called before somebody may read slots."""
+
     # What the constructor fixes: slots, slow copies and compiled steps depend on it.
     _fixed: tuple[str, ...] = ("inner_optimizer",)
     # Whether the optimizer around this has warned about the file being loaded.
@@ -76,7 +90,7 @@ class OptimizerWrapper(keras.Optimizer):
     @property
     def loss_scale_factor(self) -> float | None:
         """`loss_scale_factor` of the inner optimizer."""
-        return self.inner_optimizer.loss_scale_factor
+        return self._inner.loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: float | None) -> None:
@@ -91,7 +105,7 @@ class OptimizerWrapper(keras.Optimizer):
                 f"{type(self).__name__}(Adam(...)): Keras then wraps it itself. "
                 "Or pass auto_scale_loss=False to compile()."
             )
-        self.inner_optimizer.loss_scale_factor = value
+        self._inner.loss_scale_factor = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed and name in vars(self):
@@ -111,9 +125,9 @@ class OptimizerWrapper(keras.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        self._check_known(variables, self.inner_optimizer)
+        if not self._inner.built:
+            self._inner.build(variables)
+        self._check_known(variables, self._inner)
         self._register(variables)
 
     @_private.no_automatic_dependency_tracking
@@ -178,7 +192,7 @@ class OptimizerWrapper(keras.Optimizer):
             The number of updates of the weights: 1, or 0 where gradient
             accumulation only stored the gradients or loss scaling skipped them.
         """
-        optimizer = self.inner_optimizer
+        optimizer = self._inner
         if not self.gradient_accumulation_steps and not self._scales_the_loss():
             _backend.engine.apply(optimizer, grads, variables)
             return 1
@@ -190,41 +204,42 @@ class OptimizerWrapper(keras.Optimizer):
     def _scales_the_loss(self) -> bool:
         return any(
             isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-            for optimizer in chain(self.inner_optimizer)
+            for optimizer in chain(self._inner)
         )
 
     @property
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then those of the inner optimizer."""
-        return self._variables[:] + self.inner_optimizer.variables
+        self._make_slots_current()
+        return self._variables[:] + self._inner.variables
 
     @property
     def iterations(self) -> Any:
         """Number of updates that the inner optimizer has made."""
-        return self.inner_optimizer.iterations
+        return self._inner.iterations
 
     @property
     def learning_rate(self) -> Any:
         """Learning rate of the inner optimizer; assign to it to change that."""
-        return self.inner_optimizer.learning_rate
+        return self._inner.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
+        self._inner.learning_rate = learning_rate
 
     def exclude_from_weight_decay(
         self, var_list: list | None = None, var_names: list[str] | None = None
     ) -> None:
         """Exclude weights from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+        self._inner.exclude_from_weight_decay(var_list, var_names)
 
     def scale_loss(self, loss: Any) -> Any:
         """Scale the loss as the inner optimizer asks for."""
-        return self.inner_optimizer.scale_loss(loss)
+        return self._inner.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: list) -> None:
         """Let the inner optimizer set the weights that training ends on."""
-        self.inner_optimizer.finalize_variable_values(var_list)
+        self._inner.finalize_variable_values(var_list)
 
     def set_weights(self, weights: list) -> None:
         """Assign all of `variables`, from arrays in the same order."""
@@ -233,7 +248,7 @@ class OptimizerWrapper(keras.Optimizer):
                 f"{type(self).__name__} is not built, so it has no variables to set "
                 "yet. Call optimizer.build(model.trainable_variables) first."
             )
-        variables = self._variables + self.inner_optimizer.variables
+        variables = self._variables + self._inner.variables
         if len(weights) != len(variables):
             raise ValueError(
                 f"{type(self).__name__} has {len(variables)} variables; received "
@@ -252,13 +267,8 @@ class OptimizerWrapper(keras.Optimizer):
     # to the wrapper is stored with it.
 
     def __dir__(self) -> list[str]:
-        """All attributes but `variables`.
-
-        Keras looks for children to save in all attributes, and `variables` lets
-        lazy slots catch up. A file holds them as they are, so that a run that is
-        saved does not differ, by the rounding of that, from one that is not.
-        """
-        return [name for name in super().__dir__() if name != "variables"]
+        """All attributes but `_inner`, in which Keras would find `inner_optimizer`."""
+        return [name for name in super().__dir__() if name != "_inner"]
 
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(self._variables):
@@ -302,7 +312,7 @@ class OptimizerWrapper(keras.Optimizer):
         """The arguments of the constructor, serialized."""
         return {
             "name": self.name,
-            "optimizer": _private.serialize(self.inner_optimizer),
+            "optimizer": _private.serialize(self._inner),
         }
 
     @classmethod
@@ -326,8 +336,8 @@ def _note(model: keras.Model) -> None:
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
     """An optimizer, the one inside it, and so on."""
     optimizers = [optimizer]
-    while hasattr(optimizers[-1], "inner_optimizer"):
-        optimizers.append(optimizers[-1].inner_optimizer)
+    while (inside := _private.inner(optimizers[-1])) is not None:
+        optimizers.append(inside)
     return optimizers
 
 
