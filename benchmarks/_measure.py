@@ -210,10 +210,7 @@ class Bench:
         shares = []
         for _ in range(max(self.effort.processes, 1)):
             with self._memory_worker(variant.worker) as worker:
-                worker.ask("make", **variant.request)
-                key = variant.request["key"]
-                shares.append(worker.ask("temporary", key=key) / size)
-                worker.ask("drop", key=key)
+                shares.append(_step_memory(worker, variant) / size)
         parts = {
             "variant": str(variant),
             "problem": dataclasses.asdict(variant.problem),
@@ -256,6 +253,22 @@ class Bench:
         shares = [needed / (1e-3 * ms) / speed for ms in times.samples]
         parts = {"step": summary(variant, times), "copy_bytes_per_second": speed}
         return figure(shares, "of bandwidth", parts)
+
+
+def _step_memory(worker: Worker, variant: Variant) -> int:
+    key = variant.request["key"]
+    # Small first, so that the framework itself is loaded.
+    small = dataclasses.replace(variant.problem, vocabulary=100)
+    first = dataclasses.replace(variant, problem=small)
+    worker.ask("make", **first.request)
+    before = worker.ask("resident")
+    worker.ask("make", **variant.request)
+    temporary = worker.ask("temporary", key=key)
+    if temporary is None:
+        temporary = worker.ask("step_peak", key=key) - before
+    for made in (first, variant):
+        worker.ask("drop", key=made.request["key"])
+    return temporary
 
 
 def _peak(worker: Worker, variant: Variant) -> int:

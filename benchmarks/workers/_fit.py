@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ class Fit(_serve.Case):
         keras: Keras 3 or `tf.keras`.
         model: what trains, from `build`.
         problem: what it looks up.
-        temporary: as for any case; memory is measured where no compiler says.
+        temporary: as for any case.
+        states: the arrays of the optimizer.
     """
 
     def __init__(
@@ -60,13 +62,15 @@ class Fit(_serve.Case):
         model: Any,
         problem: Problem,
         temporary: Callable[[], int | None] | None = None,
+        states: Sequence[Any] = (),
     ) -> None:
-        self.temporary = temporary or self._measured_temporary
+        self.temporary = temporary
         self._model = model
         self._callback = keras.callbacks.Callback
         self._data = data(problem)
         self._batch = problem.rows // LENGTH
         self._start = 0
+        self._states = states
 
     def run(self, steps: int) -> list[float]:
         """Seconds a step, the mean of some."""
@@ -83,23 +87,24 @@ class Fit(_serve.Case):
         self._fit(steps, Clock())
         return [(max(times) - min(times)) / steps]
 
-    def _measured_temporary(self) -> int:
-        """Bytes at the peak of a step beyond what the process holds between steps."""
-        steps, bytes_ = 5, []
+    def peak(self) -> int:
+        """The most bytes that the process holds during steps, less weights and slots.
+
+        Not less what it holds between steps: TensorFlow keeps what a step has used.
+        """
+        steps, peaks = 5, []
 
         class Watch(self._callback):  # type: ignore[misc, name-defined]
             def on_train_batch_end(self, batch: int, logs: Any) -> None:
                 if batch == WARM_UP - 1:
-                    # torch keeps a step's gradients until the next.
-                    getattr(self.model, "zero_grad", lambda: None)()
-                    bytes_.append(_serve.resident())
                     _serve.forget_peak()
                 elif batch == WARM_UP + steps - 1:
-                    bytes_.append(_serve.latest_peak())
+                    peaks.append(_serve.latest_peak())
 
         self._fit(steps, Watch())
-        before, peak = bytes_
-        return peak - before
+        arrays = [*self._model.trainable_variables, *self._states]
+        # Weights and slots are of 4 bytes, whatever they hold.
+        return peaks[0] - 4 * sum(math.prod(array.shape) for array in arrays)
 
     def _fit(self, steps: int, callback: Any) -> None:
         ids, labels = self._data

@@ -43,6 +43,10 @@ class Case:
         times = [timed(self._step) for _ in range(self._warm_up + steps)]
         return times[self._warm_up :]
 
+    def peak(self) -> int:
+        """The most bytes held during steps, beyond weights and slots."""
+        raise NotImplementedError("only of whole steps of `fit`")
+
 
 Make = Callable[[str, str, Problem], Case]
 
@@ -98,6 +102,9 @@ class Server:
     def temporary(self, key: str) -> int | None:
         temporary = self._cases[key].temporary
         return temporary and temporary()
+
+    def step_peak(self, key: str) -> int:
+        return self._cases[key].peak()
 
     def resident(self) -> int:
         """Bytes of memory that the process holds now."""
