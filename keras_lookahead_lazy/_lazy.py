@@ -291,6 +291,7 @@ class LazyOptimizer(OptimizerWrapper):
             updated = self._apply_inner(grads, variables)
         self._row_gradients.clear()
         for table in left_out:  # a step without a gradient is none of zeros
+            assert table.caught_up is not None
             table.caught_up.assign(ops.cast(updates + updated, "int32"))
         engine.write_count(self._iterations, updates + updated)
 
@@ -376,6 +377,8 @@ class LazyOptimizer(OptimizerWrapper):
             lookups=self._row_gradients.get(self._var_key(table.variable)),
         )
         every_row = rows.indices is None
+        if not every_row and engine.size(rows.indices) == 0:
+            return  # Keras on TensorFlow cannot add where there are no rows
         table.lookups = None if every_row else engine.size(rows.indices)
 
         weight = _rows.RowView(weight_rows, table.variable, rows.sampled, row_by_row)
@@ -497,8 +500,9 @@ class LazyOptimizer(OptimizerWrapper):
 
     def last_update_of(self, variable: Any) -> tuple[keras.Variable, Any, int | None]:
         """When each row of a table moved last, the count of updates now, look-ups."""
-        table = self._table(variable)
+        table = self._by_key[self._var_key(variable)]
         now = ops.cast(engine.read_count(self._iterations), "int32")
+        assert table.last_update is not None
         return table.last_update, now, table.lookups
 
     def _make_slots_current(self) -> None:

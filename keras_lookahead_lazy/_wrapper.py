@@ -64,7 +64,7 @@ class OptimizerWrapper(keras.Optimizer):
 
     @property
     def _inner(self) -> keras.Optimizer:
-        return vars(self)["inner_optimizer"]
+        return vars(self).get("inner_optimizer")
 
     def _make_slots_current(self) -> None:
         """Called before somebody may read slots."""
@@ -148,7 +148,10 @@ class OptimizerWrapper(keras.Optimizer):
             trainable_variables = list(trainable_variables)
         self._build_on_first_use(trainable_variables)
         self._check_known(trainable_variables or [], self)
-        self._apply(list(grads), trainable_variables)
+        arrays = (
+            ops.convert_to_tensor(g) if isinstance(g, np.ndarray) else g for g in grads
+        )
+        self._apply(list(arrays), trainable_variables)
 
     def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
         unknown = [v for v in variables if not _private.is_known(optimizer, v)]
@@ -240,6 +243,10 @@ class OptimizerWrapper(keras.Optimizer):
     def finalize_variable_values(self, var_list: list) -> None:
         """Let the inner optimizer set the weights that training ends on."""
         self._inner.finalize_variable_values(var_list)
+        if self.use_ema:
+            for variable in var_list:
+                # Not in one buffer with the average: JAX donates each but once.
+                variable.assign(ops.copy(variable))
 
     def set_weights(self, weights: list) -> None:
         """Assign all of `variables`, from arrays in the same order."""

@@ -1,6 +1,7 @@
 """Run the test suite once for each Keras backend: `python -m tests [BACKEND ...]`.
 
-Without arguments: for every backend that is installed.
+Without arguments: for every backend that is installed. Tests of the tools around the
+experiments, which are the same on all, run on the first only.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
+PYTEST = ["-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=20"]
 
 
 def main() -> int:
@@ -21,8 +23,9 @@ def main() -> int:
     failed = []
     for backend in chosen:
         print(f"=== {backend}", flush=True)
+        once = [] if backend == chosen[0] else ["--ignore=tests/test_experiments.py"]
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"],
+            [sys.executable, *PYTEST, *once],
             cwd=Path(__file__).parents[1],
             env={**os.environ, "KERAS_BACKEND": backend},
             check=False,

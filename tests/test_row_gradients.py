@@ -148,7 +148,7 @@ def gradients(model, x, y):
     """Keras's own gradients of the loss, as arrays."""
 
     def loss_of(predicted, losses):
-        return ops.mean(ops.square(predicted - y)) + sum(losses, 0.0)
+        return ops.mean(ops.square(ops.subtract(predicted, y))) + sum(losses, 0.0)
 
     weights = model.trainable_variables
     if BACKEND == "tensorflow":

@@ -219,12 +219,9 @@ def test_model_checkpoint(file, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
-@pytest.mark.parametrize(
-    ("case", "exact"),
-    [("interpolate", True), ("freeze", True), ("both", False)],
-)
-def test_mixed_float16(case, exact, tmp_path):
-    """Where slots decay, the LossScaleOptimizer outside reads and so settles them."""
+@pytest.mark.parametrize("case", ["interpolate", "freeze", "both"])
+def test_mixed_float16(case, tmp_path):
+    """Also where slots lag and the LossScaleOptimizer outside writes the file."""
     keras.config.set_dtype_policy("mixed_float16")
     try:
         whole = make_model(CASES[case](), **QUICK)
@@ -237,10 +234,7 @@ def test_mixed_float16(case, exact, tmp_path):
         fit(model, BEFORE)
     finally:
         keras.config.set_dtype_policy("float32")
-    if exact:
-        assert_same_bits(state(model), state(whole))
-    else:
-        assert_agree(state(model), state(whole), 1e-6)
+    assert_same_bits(state(model), state(whole))
 
 
 # Which tables
