@@ -24,6 +24,8 @@ SELECTS_UPDATES = True
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
+# A sync works on so many rows at a time, which bounds what it needs beside the weights.
+ROWS_PER_ROUND = 4096
 
 
 # Which rows were sampled
@@ -258,41 +260,44 @@ def sync_rows_if(
 ) -> None:
     """fast := slow + alpha (fast - slow) in rows moved after `since`, if `predicate`.
 
-    It is a loop of, as a rule, one round, over `most` rows a round: XLA updates in
-    place what a loop carries, but copies what a condition leaves alone.
+    It is a loop of at most one round: XLA updates in place what a loop carries, but
+    copies what a condition leaves alone.
 
     Args:
         group: fast weights, slow weights, the update that moved each row last.
         most: how many rows are expected to have moved at most; `None` for all.
     """
     fast, slow, last_update = (variable.value for variable in group)
-    size = min(most or len(fast), len(fast))
     step = jnp.asarray(alpha, fast.dtype)
 
-    def pending(carry: tuple) -> jax.Array:
-        start, total, _ = carry
-        return start < total
-
-    def sync_all(carry: tuple) -> tuple:
-        _, _, fast = carry
+    def sync_all(fast: jax.Array) -> jax.Array:
         moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
-        fast = jnp.where(moved, slow + step * (fast - slow), fast)
-        return jnp.int32(1), jnp.int32(1), fast
+        return jnp.where(moved, slow + step * (fast - slow), fast)
 
-    def sync_some(carry: tuple) -> tuple:
-        start, _, fast = carry
+    def sync_some(fast: jax.Array) -> jax.Array:
         rank = jnp.cumsum(last_update > since, dtype="int32")
-        wanted = start + jnp.arange(1, size + 1, dtype="int32")
-        rows = jnp.searchsorted(rank, wanted)  # past the end where there is no more
-        old = slow.at[rows].get(mode="clip")
-        point = old + step * (fast.at[rows].get(mode="clip") - old)
-        fast = fast.at[rows].set(point, mode="drop")
-        return start + size, rank[-1], fast
+        size = min(most or 1, ROWS_PER_ROUND)
 
-    # How many have moved is known after the first round.
-    start = (jnp.int32(0), jnp.asarray(predicate, "int32"), fast)
-    sync = sync_some if size < len(fast) else sync_all
-    group[0].assign(jax.lax.while_loop(pending, sync, start)[2])
+        def sync_next(carry: tuple) -> tuple:
+            start, fast = carry
+            wanted = start + jnp.arange(1, size + 1, dtype="int32")
+            rows = jnp.searchsorted(rank, wanted)  # past the end: there is no more
+            old = slow.at[rows].get(mode="clip")
+            point = old + step * (fast.at[rows].get(mode="clip") - old)
+            return start + size, fast.at[rows].set(point, mode="drop")
+
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < rank[-1], sync_next, (jnp.int32(0), fast)
+        )[1]
+
+    sync = sync_some if most and most < len(fast) else sync_all
+    group[0].assign(
+        jax.lax.while_loop(
+            lambda carry: carry[0],
+            lambda carry: (jnp.zeros_like(carry[0]), sync(carry[1])),
+            (jnp.asarray(predicate), fast),
+        )[1]
+    )
 
 
 # What else differs

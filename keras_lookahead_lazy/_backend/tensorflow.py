@@ -21,6 +21,8 @@ SELECTS_UPDATES = False
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
+# A sync under XLA works on so many rows at a time, which bounds what it needs.
+ROWS_PER_ROUND = 4096
 
 
 # Which rows were sampled
@@ -341,7 +343,7 @@ def sync_rows_if(
             point = old + tf.cast(alpha, old.dtype) * (new - old)
             fast.assign(tf.where(moved, point, new), read_value=False)
         else:
-            _for_chunks(last_update > since, most, sync_rows)
+            _for_chunks(last_update > since, min(most, ROWS_PER_ROUND), sync_rows)
 
     _update_groups_if(predicate, [group], sync)
 
