@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -70,3 +72,58 @@ def _accepts(cls: type, name: str) -> bool:
         if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
             return False
     return False
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> None:
+    """Raise `ValueError` for an argument that is none of some words."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` says {says}: {', '.join(map(repr, choices))}. Received: "
+            f"{name}={value!r}."
+        )
+
+
+def check_k(k: Any) -> int:
+    """The number of updates between two syncs, or `ValueError`."""
+    try:
+        steps = operator.index(k)
+    except TypeError:
+        steps = 0
+    if isinstance(k, bool) or steps < 1:
+        raise ValueError(
+            "`k` is the number of updates between two syncs, an int of at least 1, "
+            f"such as k=5. Received: k={k!r}."
+        )
+    return steps
+
+
+def check_alpha(alpha: Any) -> float:
+    """The step of the slow weights, or `ValueError`."""
+    try:
+        step = float(alpha)
+    except (TypeError, ValueError):
+        step = float("nan")
+    if isinstance(alpha, (bool, str)) or not 0 < step <= 1:
+        raise ValueError(
+            "`alpha` is the step of the slow weights, a number in (0, 1], such as "
+            f"alpha=0.5. Received: alpha={alpha!r}."
+        )
+    return step
+
+
+def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
+    """The Keras optimizer that was given, or whose name or config was."""
+    cls = wrapper.__name__
+    if isinstance(optimizer, (str, dict)):
+        return keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.Optimizer):
+        return optimizer
+    what = (
+        f"the class {optimizer.__name__}; write {optimizer.__name__}()"
+        if isinstance(optimizer, type)
+        else f"{optimizer!r} of type {type(optimizer).__name__}"
+    )
+    raise TypeError(
+        f"{cls} wraps a Keras optimizer, given as an instance, a name or a "
+        f"config: {cls}(keras.optimizers.Adam(1e-3)). Received {what}."
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_lookahead_lazy import _private
+from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._lookahead import Lookahead
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import chain
@@ -18,7 +18,8 @@ class SlowWeights(keras.callbacks.Callback):
     The fast weights come back bit for bit before training goes on, so the
     trajectory is the one without the callback. Given to `evaluate` or `predict`,
     it works there, too. After an interruption the fast weights come back with what
-    is next done with the model, be it training, evaluating or saving it.
+    is next done with the model, be it training, evaluating or saving it; until then a
+    layer or variable that is read by itself, or in another model, shows the slow ones.
 
     `EarlyStopping(restore_best_weights=True)`, before or after it in the list, restores
     the slow weights of the best epoch; the next update is then Lookahead's first.
@@ -61,7 +62,7 @@ class SlowWeights(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        _, callbacks = _private.caller_of_callbacks()
+        _, callbacks = _keras.caller_of_callbacks()
         if any(isinstance(c, keras.callbacks.SwapEMAWeights) for c in callbacks):
             raise ValueError(
                 "SlowWeights and SwapEMAWeights would both evaluate on weights of "
@@ -71,7 +72,7 @@ class SlowWeights(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         lookahead = find_lookahead(self.model)
         self._restoring = []
-        _, callbacks = _private.caller_of_callbacks()
+        _, callbacks = _keras.caller_of_callbacks()
         for i, callback in enumerate(callbacks):
             if self._keeps_the_best(callback):
                 callbacks[i] = _OnSlowWeights(callback, lookahead)
@@ -95,13 +96,13 @@ class SlowWeights(keras.callbacks.Callback):
             lookahead.load_slow_weights(self.model)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        frame, _ = _private.caller_of_callbacks()
+        frame, _ = _keras.caller_of_callbacks()
         SlowWeightsInModel(
             find_lookahead(self.model), self.model, evaluation=frame
         ).__enter__()
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        frame, _ = _private.caller_of_callbacks()
+        frame, _ = _keras.caller_of_callbacks()
         active = find_lookahead(self.model)._slow_weights_in
         # Not those of a block, or of an evaluation that this one is part of.
         if active is not None and active.evaluation is frame:
@@ -179,7 +180,7 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
             f"The model {model.name!r} is not compiled. Call model.compile(...) "
             "first, or compile it with Lookahead(optimizer) at once."
         )
-    arguments: dict[str, Any] = _private.compile_arguments(model)
+    arguments: dict[str, Any] = _keras.compile_arguments(model)
     outer = model.optimizer
     for each in chain(outer):
         if isinstance(each, Lookahead):
@@ -196,6 +197,6 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         lookahead = Lookahead(outer, k=k, alpha=alpha)
         arguments["optimizer"] = lookahead
     if outer.built:
-        lookahead.build(_private.innermost(outer)._trainable_variables)
+        lookahead.build(_keras.weights(_keras.innermost(outer)))
     model.compile(**arguments)
     return lookahead

@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_lookahead_lazy import _decay, _look_ups, _private, _rows, _tables
+from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
+from keras_lookahead_lazy._arguments import check_choice
 from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._catch_up import MovedRows, SlowCopy
+from keras_lookahead_lazy._row_step import Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
 
 MOMENTS = ("decay", "freeze")
-
-
-@dataclass
-class Table:
-    """An embedding table and what is kept for it.
-
-    Attributes:
-        variable: the table, of shape `(vocabulary, ...)`.
-        slots: the inner optimizer's slots for it, by name.
-        slots_by_row: the names of those that have an entry for each row.
-        log_rates: logarithm of each slot's decay in a step without gradient, where
-            the step is computed on rows.
-        last_update: int32 variable of shape `(vocabulary,)`, the update that moved
-            a row last; `None` where the backend has no place to note it.
-        caught_up: int32 scalar, the update up to which all slots are current. A
-            row's slots are current up to this or to its last update.
-        constraint: the constraint of the table, which has none while a step runs.
-        reason: why the masked form is used, or `None`.
-        slow: the slow copy that a Lookahead around this keeps of the table, if rows
-            are copied there when a cycle first moves them.
-        lookups: number of look-ups in the step traced last, where it is known and
-            the step works on rows.
-    """
-
-    variable: keras.Variable
-    slots: dict[str, keras.Variable]
-    slots_by_row: set[str]
-    log_rates: dict[str, float]
-    last_update: keras.Variable | None
-    caught_up: keras.Variable | None
-    reason: str | None
-    slow: keras.Variable | None = None
-    lookups: int | None = None
-    constraint: Any = None
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -111,16 +79,14 @@ class LazyOptimizer(OptimizerWrapper):
         **misplaced: Any,
     ) -> None:
         sources = _tables.check_sources(embedding_layers)
-        _check_moments(moments)
+        check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self._inner)
         self._moments = moments
-        self._remember(
-            _sources=sources, _frozen=[], _tables=[], _by_key={}, _row_gradients={}
-        )
+        self._remember(_sources=sources, _frozen=[], _tables={}, _row_gradients={})
         self._steps_running = 0  # one for each replica within a step
 
-    @_private.no_automatic_dependency_tracking
+    @_keras.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
         """Set attributes without taking the variables in them for one's own."""
         for name, value in attributes.items():
@@ -137,9 +103,9 @@ class LazyOptimizer(OptimizerWrapper):
 
     @moments.setter
     def moments(self, moments: str) -> None:
-        _check_moments(moments)
+        check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         if self.built:
-            self._check_slots(moments, [table.variable for table in self._tables])
+            self._check_slots(moments, [t.variable for t in self._tables.values()])
             self.catch_up()
         self._moments = moments
 
@@ -153,10 +119,11 @@ class LazyOptimizer(OptimizerWrapper):
         `"rows"`: on the sampled rows, where the backend allows. `"masked: ..."`: on
         the whole table with the result masked, and why.
         """
+        tables = self._tables.values()
         names = _tables.unique_names(
-            [table.variable for table in self._tables], self._trainable_variables
+            [table.variable for table in tables], _keras.weights(self)
         )
-        forms = [f"masked: {t.reason}" if t.reason else "rows" for t in self._tables]
+        forms = [f"masked: {t.reason}" if t.reason else "rows" for t in tables]
         return dict(zip(names, forms, strict=True))
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -170,8 +137,7 @@ class LazyOptimizer(OptimizerWrapper):
         variables = list(variables)
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
-        rest = [w for w in weights if not any(w is v for v in variables)]
-        found, frozen = _tables.find_tables(self._sources, variables, rest)
+        found, frozen = _tables.find_tables(self._sources, variables, weights)
         if frozen:
             warnings.warn(
                 f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
@@ -183,25 +149,19 @@ class LazyOptimizer(OptimizerWrapper):
             self._inner.build(variables)
         self._check_slots(self._moments, found)
         super().build(variables)
-        self._remember(_frozen=frozen)
-        self._remember(_tables=[self._make_table(variable) for variable in found])
-        self._remember(
-            _by_key={
-                self._var_key(v): table
-                for table in self._tables
-                for v in (table.variable, *table.slots.values())
-            }
-        )
-        self._take_over()
+        tables = {_keras.key(self, v): self._make_table(v) for v in found}
+        self._remember(_frozen=frozen, _tables=tables)
+        inner = _keras.innermost(self._inner)
+        _keras.take_over(inner, self._is_lazy, self._update_table)
         _look_ups.look_up_by_rows(
-            self, [table.variable for table in self._tables if table.reason is None]
+            self, [t.variable for t in tables.values() if not t.every_row]
         )
 
     def _check_slots(self, moments: str, tables: list[keras.Variable]) -> None:
         """Refuse to freeze slots that are not where Keras's optimizers keep them."""
-        inner = _private.innermost(self._inner)
+        inner = _keras.innermost(self._inner)
         for table in tables if moments == "freeze" else []:
-            unknown = _private.unknown_slots(inner, table)
+            unknown = _keras.unknown_slots(inner, table)
             if unknown:
                 raise ValueError(
                     "moments='freeze' has to know the inner optimizer's slots for "
@@ -213,76 +173,41 @@ class LazyOptimizer(OptimizerWrapper):
                 )
 
     def _make_table(self, variable: keras.Variable) -> Table:
-        inner = _private.innermost(self._inner)
-        slots = _private.slots(inner, variable)
+        inner = _keras.innermost(self._inner)
         with engine.outside_graph():
-            slots_by_row = _private.slots_by_row(inner, variable)
-        log_rates = _decay.log_rates(inner)
+            slots_by_row = _keras.slots_by_row(inner, variable)
+        log_rates = _decay_rates.log_rates(inner)
         reason = None
         if log_rates is None:
             reason = f"{type(inner).__name__} is not known to update rows "
             reason += "one by one and to decay in closed form"
-        elif not _acts_on_rows(variable.constraint):
+        elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
-        last_update = caught_up = None
-        if engine.SELECTS_UPDATES and (
-            inner.gradient_accumulation_steps or self._scales_the_loss()
-        ):
-            # The optimizer that decides whether to update knows its own variables
-            # only, so nothing can be noted beside them.
-            reason = reason or "gradient accumulation or loss scaling inside"
-        else:
-            last_update = self.add_variable(
-                shape=variable.shape[:1],
-                dtype="int32",
-                layout=engine.row_layout(variable),
-                name="last_update",
-            )
-            caught_up = self.add_variable(shape=(), dtype="int32", name="caught_up")
+        last_update = self.add_variable(
+            shape=variable.shape[:1],
+            dtype="int32",
+            layout=engine.row_layout(variable),
+            name="last_update",
+        )
         return Table(
             variable,
-            slots,
-            slots_by_row,
-            log_rates or {},
-            last_update,
-            caught_up,
-            reason,
+            slots=_keras.slots(inner, variable),
+            slots_by_row=slots_by_row,
+            log_rates=log_rates or {},
+            moved=MovedRows(last_update, self._updates),
+            caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
+            reason=reason,
         )
 
-    def _take_over(self) -> None:
-        """Put this optimizer's step on tables in the inner optimizer's place.
-
-        While no step runs, the inner optimizer is what it was.
-        """
-        inner = _private.innermost(self._inner)
-        update_step = inner.update_step
-        apply_weight_decay = inner._apply_weight_decay
-
-        def is_lazy(variable: Any) -> bool:
-            return self._steps_running > 0 and self._table(variable) is not None
-
-        def update(gradient: Any, variable: Any, learning_rate: Any) -> None:
-            if is_lazy(variable):
-                self._update_table(gradient, variable, learning_rate)
-            else:
-                update_step(gradient, variable, learning_rate)
-
-        def decay_weights(variables: list) -> None:
-            rest = [v for v in variables if not is_lazy(v)]
-            if rest:
-                apply_weight_decay(rest)
-
-        inner.update_step = update
-        inner._apply_weight_decay = decay_weights
-        engine.take_over_tables(inner, is_lazy)
-
-    def _table(self, variable: Any) -> Table | None:
-        return self._by_key.get(self._var_key(variable))
+    # A step
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """Let the inner optimizer update the weights, the tables by sampled rows."""
-        updates = engine.read_count(self._iterations)
-        pairs = list(zip(grads, variables or self._trainable_variables, strict=True))
+        updates = self._updates()
+        self._renumber_if(updates == _catch_up.LARGEST)
+        updates = updates - updates // _catch_up.LARGEST * (_catch_up.LARGEST // 2)
+        engine.write_count(self._counter, updates)
+        pairs = list(zip(grads, variables or _keras.weights(self), strict=True))
         left_out = self._tables_left_out(pairs)
         for table in left_out:
             self._catch_up_if(table.caught_up < updates, [table])
@@ -291,19 +216,24 @@ class LazyOptimizer(OptimizerWrapper):
             updated = self._apply_inner(grads, variables)
         self._row_gradients.clear()
         for table in left_out:  # a step without a gradient is none of zeros
-            assert table.caught_up is not None
             table.caught_up.assign(ops.cast(updates + updated, "int32"))
-        engine.write_count(self._iterations, updates + updated)
+        engine.write_count(self._counter, updates + updated)
+
+    def _updates(self) -> Any:
+        """The number of updates so far."""
+        return engine.read_count(self._counter)
+
+    def _renumber_if(self, predicate: Any) -> None:
+        groups = [(t.moved.last_update, t.caught_up) for t in self._tables.values()]
+        engine.update_if(predicate, groups, _catch_up.renumbered)
 
     def _tables_left_out(self, pairs: list[tuple]) -> list[Table]:
         """Tables that get no gradient in this step, whose slots might decay."""
-        given = {self._var_key(v) for g, v in pairs if g is not None}
+        given = {_keras.key(self, v) for g, v in pairs if g is not None}
         return [
             table
-            for table in self._tables
-            if table.caught_up is not None
-            and any(table.log_rates.values())
-            and self._var_key(table.variable) not in given
+            for key, table in self._tables.items()
+            if key not in given and any(table.log_rates.values())
         ]
 
     def _prepare(self, gradient: Any, variable: Any) -> Any:
@@ -313,37 +243,34 @@ class LazyOptimizer(OptimizerWrapper):
         their sums over duplicates, of shape `(look-ups, ...)`: clipping and scaling
         do to them what they would do to the whole. The rows' ids wait here.
         """
-        table = self._table(variable)
-        if table is None or gradient is None:
+        key = _keras.key(self, variable)
+        if key not in self._tables or gradient is None:
             return gradient
-        if table.reason is None and not self.gradient_accumulation_steps:
+        if not (self._tables[key].every_row or self.gradient_accumulation_steps):
             found = engine.row_gradient(gradient, variable)
             if found is not None:
-                sums, *self._row_gradients[self._var_key(variable)] = found
-                return sums
+                self._row_gradients[key] = found
+                return found.sums
         if self._uses_whole_gradients():
             return engine.sum_duplicates(gradient)
         return engine.whole(gradient)
 
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
-        inner = _private.innermost(self._inner)
-        return any(
-            getattr(inner, setting) is not None
-            for setting in (
-                "clipnorm",
-                "clipvalue",
-                "global_clipnorm",
-                "loss_scale_factor",
-            )
-        )
+        inner = _keras.innermost(self._inner)
+        settings = ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor")
+        return any(getattr(inner, setting) is not None for setting in settings)
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
-        """Take tables over, and their constraints, which Keras applies to every row."""
+        """Take tables over, and their constraints, which Keras applies to every row.
+
+        While no step runs, model and inner optimizer are what they were.
+        """
+        tables = self._tables.values()
         self._steps_running += 1
         if self._steps_running == 1:
-            for table in self._tables:
+            for table in tables:
                 table.constraint = table.variable.constraint
                 table.variable.constraint = None
         try:
@@ -351,82 +278,28 @@ class LazyOptimizer(OptimizerWrapper):
         finally:
             self._steps_running -= 1
             if not self._steps_running:
-                for table in self._tables:
+                for table in tables:
                     table.variable.constraint = table.constraint
 
+    def _is_lazy(self, variable: Any) -> bool:
+        return self._steps_running > 0 and _keras.key(self, variable) in self._tables
+
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """The inner optimizer's own step, on the sampled rows of a table.
-
-        Args:
-            gradient: dense or sparse gradient of the table.
-            variable: the table, or the replica of it that is being updated.
-        """
-        table = self._by_key[self._var_key(variable)]
-        decays = self._moments == "decay"
-        row_by_row = table.reason is None
-        noted = table.last_update is not None
-        kept = dict(table.slots)
-        if noted:
-            kept["last_update"] = table.last_update
-        if table.slow is not None:
-            kept["slow"] = table.slow
-        rows, (weight_rows, *kept_rows) = engine.find_rows(
+        """The inner optimizer's step on a table, or on the replica of one."""
+        key = _keras.key(self, variable)
+        if key in self._row_gradients:
+            gradient = self._row_gradients[key]._replace(sums=gradient)
+        step(
+            self._tables[key],
+            variable,
             gradient,
-            [variable, *kept.values()],
-            every_row=not row_by_row,
-            lookups=self._row_gradients.get(self._var_key(table.variable)),
+            learning_rate,
+            optimizer=_keras.innermost(self._inner),
+            now=self._updates() + 1,
+            decays=self._moments == "decay",
         )
-        every_row = rows.indices is None
-        if not every_row and engine.size(rows.indices) == 0:
-            return  # Keras on TensorFlow cannot add where there are no rows
-        table.lookups = None if every_row else engine.size(rows.indices)
 
-        weight = _rows.RowView(weight_rows, table.variable, rows.sampled, row_by_row)
-        views = {}
-        for name, values in zip(kept, kept_rows, strict=True):
-            # Of the whole table, slots decay in this step where no row was sampled.
-            whole = kept[name]
-            stays = not (decays and every_row) or name in ("last_update", "slow")
-            by_row = name not in table.slots or name in table.slots_by_row
-            sampled = rows.sampled if by_row and stays else None
-            views[name] = _rows.RowView(values, whole, sampled, row_by_row)
-
-        if noted:
-            now = ops.cast(engine.read_count(self._iterations) + 1, "int32")
-            last_update = views["last_update"]
-            if decays and table.log_rates:
-                caught_up = engine.read_rows(table.caught_up, variable, None)
-                current = ops.maximum(last_update.value, caught_up)
-                self._decay(table, views, now - 1 - current)
-                if every_row:
-                    engine.write_rows(table.caught_up, variable, None, now)
-            if table.slow is not None:
-                in_cycle = ops.cast(self._updates_in_cycle(), "int32")
-                is_first = last_update.value <= now - 1 - in_cycle
-                slow = views["slow"]
-                slow.assign(_rows.where(is_first, weight.value, slow.value))
-            last_update.assign(now + ops.zeros_like(last_update.value))
-
-        inner = _private.innermost(self._inner)
-        slots = {name: views[name] for name in table.slots}
-        with _private.with_rows(inner, table.variable, slots) as optimizer:
-            _private.apply_weight_decay(optimizer, weight)
-            optimizer.update_step(rows.gradient, weight, learning_rate)
-        if table.constraint is not None:
-            weight.settle()
-            weight.assign(table.constraint(weight))
-
-        engine.write_rows(variable, variable, rows.indices, weight.settle())
-        for name, view in views.items():
-            engine.write_rows(kept[name], variable, rows.indices, view.settle())
-
-    def _decay(self, table: Table, slots: dict, missed: Any) -> None:
-        """Let slots catch up on the steps in which their rows were not sampled."""
-        missed = ops.maximum(missed, 0)
-        for name, log_rate in table.log_rates.items():
-            if log_rate and name in slots:
-                slot = slots[name]
-                slot.assign(_rows.decayed(slot.value, log_rate, missed))
+    # What lags behind
 
     def catch_up(self) -> None:
         """Make the slots of every row current, which a step does for its rows only.
@@ -436,74 +309,36 @@ class LazyOptimizer(OptimizerWrapper):
         this one, and on JAX before slots are read. Training goes on the same with and
         without it, but for rounding.
         """
-        self._catch_up_if(ops.convert_to_tensor(True), self._tables)
+        self.catch_up_if(ops.convert_to_tensor(True))
 
     def catch_up_if(self, predicate: Any) -> None:
         """`catch_up()`, in a compiled step, if `predicate` (a scalar bool tensor)."""
-        self._catch_up_if(predicate, self._tables)
+        self._catch_up_if(predicate, list(self._tables.values()))
 
     def _catch_up_if(self, predicate: Any, tables: list[Table]) -> None:
         for table in tables:
-            if table.caught_up is None:
-                continue
 
-            def catch_up(caught_up: Any, *values: Any, table: Table = table) -> tuple:
-                now = ops.cast(engine.read_count(self._iterations), "int32")
-                last_update, *slot_values = values
+            def catch_up(
+                caught_up: Any, last_update: Any, *values: Any, table: Table = table
+            ) -> tuple:
+                now = self._updates() + ops.zeros_like(caught_up)
                 slots = {
-                    name: _rows.RowView(value, slot, None, at_once=True)
+                    name: _keras.UnstoredVariable(value, slot)
                     for (name, slot), value in zip(
-                        table.slots.items(), slot_values, strict=True
+                        table.slots.items(), values, strict=True
                     )
                 }
                 if self._moments == "decay":
-                    current = ops.maximum(last_update, caught_up)
-                    self._decay(table, slots, now - current)
-                return (
-                    now + ops.zeros_like(caught_up),
-                    last_update,
-                    *(slot.value for slot in slots.values()),
-                )
+                    missed = now - ops.maximum(last_update, caught_up)
+                    _catch_up.decay(slots, table.log_rates, missed)
+                return now, last_update, *(slot.value for slot in slots.values())
 
-            group = (table.caught_up, table.last_update, *table.slots.values())
+            group = (
+                table.caught_up,
+                table.moved.last_update,
+                *table.slots.values(),
+            )
             engine.update_if(predicate, [group], catch_up)
-
-    # What a Lookahead around this needs: which rows moved
-
-    def copy_moved_rows(
-        self,
-        updates_in_cycle: Callable[[], Any],
-        copies: list[tuple[keras.Variable, keras.Variable]],
-    ) -> list:
-        """Take the slow copy of a table's row when a cycle first moves the row.
-
-        Args:
-            updates_in_cycle: says how many updates the cycle has had.
-            copies: weights with their slow copies.
-
-        Returns:
-            The tables for which this will be done.
-        """
-        if self.ema_overwrite_frequency:  # that moves every row
-            return []
-        self._updates_in_cycle = updates_in_cycle
-        for variable, slow in copies:
-            table = self._table(variable)
-            if table is not None and table.last_update is not None:
-                table.slow = slow
-        return [table.variable for table in self._tables if table.slow is not None]
-
-    def copy_no_rows(self) -> None:
-        """Leave slow copies to the Lookahead around this."""
-        for table in self._tables:
-            table.slow = None
-
-    def last_update_of(self, variable: Any) -> tuple[keras.Variable, Any, int | None]:
-        """When each row of a table moved last, the count of updates now, look-ups."""
-        table = self._by_key[self._var_key(variable)]
-        now = ops.cast(engine.read_count(self._iterations), "int32")
-        assert table.last_update is not None
-        return table.last_update, now, table.lookups
 
     def _make_slots_current(self) -> None:
         # Not on JAX, where `fit` keeps slots elsewhere. And a file holds them as they
@@ -513,15 +348,34 @@ class LazyOptimizer(OptimizerWrapper):
             engine.VARIABLES_HOLD_STATE
             and self.built
             and not engine.is_recording()
-            and not _private.is_saving_or_loading()
+            and not _keras.is_saving_or_loading()
         ):
             self.catch_up()
 
+    # Which rows moved
+
+    def keep_slow_rows(
+        self, pairs: Sequence[tuple], updates_in_cycle: Callable[[], Any]
+    ) -> dict[Any, MovedRows]:
+        if self.ema_overwrite_frequency:  # that moves every row
+            return {}
+        copies = {_keras.key(self, weight): slow for weight, slow in pairs}
+        found = {k: table.moved for k, table in self._tables.items() if k in copies}
+        for key, moved in found.items():
+            moved.slow_copies.append(SlowCopy(copies[key], updates_in_cycle))
+        return found
+
+    def begin_cycle(self) -> None:
+        for moved in [table.moved for table in self._tables.values()]:
+            if len(moved.slow_copies) > 1:
+                self.catch_up()
+                moved.last_update.assign(ops.zeros_like(moved.last_update.value))
+
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
-        tables = [table.variable for table in self._tables]
+        tables = [table.variable for table in self._tables.values()]
         names = _tables.source_names(
-            self._sources, tables, self._trainable_variables, self._frozen
+            self._sources, tables, _keras.weights(self), self._frozen
         )
         return {
             **super().get_config(),
@@ -530,24 +384,7 @@ class LazyOptimizer(OptimizerWrapper):
         }
 
 
-def _acts_on_rows(constraint: Any) -> bool:
-    """Whether a constraint's value for a row depends on that row alone."""
-    if constraint is None or isinstance(constraint, keras.constraints.NonNeg):
-        return True
-    by_axis = (
-        keras.constraints.MaxNorm,
-        keras.constraints.MinMaxNorm,
-        keras.constraints.UnitNorm,
-    )
-    return isinstance(constraint, by_axis) and constraint.axis in (1, -1, [1], [-1])
-
-
-def _check_moments(moments: Any) -> None:
-    if moments not in MOMENTS:
-        raise ValueError(
-            "`moments` says what the slots of rows that were not sampled do: "
-            f"{' or '.join(map(repr, MOMENTS))}. Received: moments={moments!r}."
-        )
+_MOMENTS_SAY = "what the slots of rows that were not sampled do"
 
 
 def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
@@ -568,7 +405,7 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
                 f"LazyOptimizer goes inside {inside}, not around it: give it one "
                 "of the optimizers there, wrapped, for the embedding tables."
             )
-        if "update_step" in vars(optimizer):
+        if _keras.is_taken_over(optimizer):
             raise ValueError(
                 f"This {inside} already works inside another LazyOptimizer. "
                 "Give each its own inner optimizer."

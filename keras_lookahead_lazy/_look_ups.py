@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lookahead_lazy import _private
+from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._wrapper import chain
 
@@ -42,19 +42,13 @@ def _forget(key: int, _: weakref.ref) -> None:
 def _call_by_rows(call: Any) -> Any:
     @functools.wraps(call)
     def call_by_rows(self: keras.layers.Embedding, inputs: Any) -> Any:
-        table = self.lora_embeddings_a if self.lora_enabled else self._embeddings
+        table = _keras.looked_up_table(self)
         if not _is_by_rows(table) or not engine.is_dense(inputs):
             return call(self, inputs)
         ids = inputs
         if keras.backend.standardize_dtype(ids.dtype) not in ("int32", "int64"):
             ids = ops.cast(ids, "int32")
-        rows = engine.look_up(table, ids)
-        if self.lora_enabled:
-            # Keras has `lora_alpha` since 3.11.
-            scale = getattr(self, "lora_alpha", self.lora_rank) / self.lora_rank
-            rows = ops.take(self._embeddings, ids, axis=0) + scale * ops.matmul(
-                rows, self.lora_embeddings_b
-            )
+        rows = _keras.with_lora(self, ids, engine.look_up(table, ids))
         return ops.cast(rows, dtype=self.compute_dtype)
 
     return call_by_rows
@@ -67,5 +61,5 @@ def _is_by_rows(table: Any) -> bool:
     optimizer = optimizer()
     if optimizer is None:
         return False
-    of_model = getattr(_private.called_model(), "optimizer", None)
+    of_model = getattr(_keras.called_model(), "optimizer", None)
     return of_model is None or any(each is optimizer for each in chain(of_model))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_lookahead_lazy import _private, _rows
+from keras_lookahead_lazy import _arguments, _keras
 from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._catch_up import MovedRows, where
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
-from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
+from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 INNER_STATES = ("maintain", "interpolate", "reset")
 
 
+@dataclass(frozen=True)
+class Sync:
+    """Where fast and slow weights meet after k updates, for both."""
+
+    alpha: float
+
+    def __call__(self, fast: Any, slow: Any) -> tuple[Any, Any]:
+        point = slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
+        return point, point
+
+
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
 class Lookahead(OptimizerWrapper):
-    r"""Lets an optimizer run k steps ahead, then pulls the weights back.
+    r"""Lets an optimizer run k steps ahead, then steps back to slow weights.
 
     The model holds the fast weights \(\theta\), which the inner optimizer updates;
     this optimizer keeps the slow weights \(\phi\). Before the first update
@@ -43,11 +54,11 @@ class Lookahead(OptimizerWrapper):
 
     Args:
         optimizer: the inner optimizer: a Keras optimizer, its name or its config.
-        k: int, updates between two pulls. Defaults to 5.
+        k: int, updates between two syncs. Defaults to 5.
         alpha: float in (0, 1], the step of the slow weights. Defaults to 0.5.
-        inner_state: what a pull does to the slots that the inner optimizer keeps
+        inner_state: what a sync does to the slots that the inner optimizer keeps
             for each weight (momenta, second moments): `"maintain"` leaves them,
-            `"interpolate"` pulls them back to a slow copy of their own with the
+            `"interpolate"` syncs them with a slow copy of their own, with the
             same `alpha`, `"reset"` gives them their initial value. Counters, and
             with them schedules and bias correction, go on in all three.
         name: name of the optimizer.
@@ -62,6 +73,7 @@ class Lookahead(OptimizerWrapper):
     """
 
     _slow_weights_in: SlowWeightsInModel | None = None
+    _fixed = ("inner_optimizer", "k", "alpha", "inner_state")
 
     def __init__(
         self,
@@ -72,13 +84,17 @@ class Lookahead(OptimizerWrapper):
         name: str | None = None,
         **misplaced: Any,
     ) -> None:
-        k, alpha = _check_arguments(k, alpha, inner_state)
+        k, alpha = _arguments.check_k(k), _arguments.check_alpha(alpha)
+        _arguments.check_choice(
+            "inner_state",
+            inner_state,
+            INNER_STATES,
+            "what a sync does to the inner optimizer's slots",
+        )
         super().__init__(optimizer, name, misplaced)
         self.k = k
         self.alpha = alpha
         self.inner_state = inner_state
-
-    _fixed = ("inner_optimizer", "k", "alpha", "inner_state")
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables and the slow copies.
@@ -89,25 +105,21 @@ class Lookahead(OptimizerWrapper):
         if self.built:
             return
         super().build(variables)
-        self._make_slow_copies()
-        self._copy_rows_where_they_move()
+        self._make_slow_copies(_keras.weights(self))
 
-    @_private.no_automatic_dependency_tracking
-    def _make_slow_copies(self) -> None:
+    @_keras.no_automatic_dependency_tracking
+    def _make_slow_copies(self, weights: list) -> None:
         # Zeros until the first update runs: only then are the weights known.
-        innermost = _private.innermost(self._inner)
-        slots = [
-            slot
-            for variable in self._trainable_variables
-            for slot in _private.slots(innermost, variable).values()
-        ]
-        self._pairs = self._with_slow_copies(self._trainable_variables)
-        self._slot_pairs, self._initial_slots = [], []
+        innermost = _keras.innermost(self._inner)
+        slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
+        self._pairs = self._with_slow_copies(weights)
+        self._moved_rows = self.keep_slow_rows(self._pairs, self.updates_in_cycle)
+        self._slot_pairs, self._reset_slots, self._initial_values = [], [], []
         if self.inner_state == "interpolate":
             self._slot_pairs = self._with_slow_copies(slots)
         elif self.inner_state == "reset":
-            values = _initial_values(innermost, self._trainable_variables)
-            self._initial_slots = list(zip(slots, values, strict=True))
+            self._reset_slots = slots
+            self._initial_values = _initial_values(innermost, weights)
 
     def _with_slow_copies(self, variables: list) -> list[tuple]:
         return [
@@ -115,101 +127,82 @@ class Lookahead(OptimizerWrapper):
             for fast in variables
         ]
 
+    # An update, and every k-th time a sync
+
     def _apply(self, grads: list, variables: list | None) -> None:
-        """Let the inner optimizer update the weights; after every k-th, pull back."""
+        """Let the inner optimizer update the weights; after every k-th, sync."""
         self._end_interrupted_evaluation(is_training=True)
-        updates = engine.read_count(self._iterations)
-        is_first = updates == 0
-        if self._slot_pairs:
-            self.catch_up_if(is_first)
-        by_row = {id(fast) for fast in self._by_row}
-        pairs = [pair for pair in self._pairs if id(pair[0]) not in by_row]
-        engine.back_up_if(is_first, pairs + self._slot_pairs)
-
+        updates = engine.read_count(self._counter)
+        self._back_up_if(updates == 0)
         updated = self._apply_inner(grads, variables)
-
         # Of whole cycles the last is counted only, so that no counter overflows: from
         # the first update on the count is 1, ..., k, 1, ...
         updates = updates + updated - updates // self.k * self.k * updated
         is_sync = (updated == 1) & (updates % self.k == 0)
-        given = {self._var_key(v) for v in variables or self._trainable_variables}
-        present = [pair for pair in pairs if self._var_key(pair[0]) in given]
-        left_out = [pair for pair in pairs if self._var_key(pair[0]) not in given]
-        engine.sync_if(is_sync, present, self.alpha)
-        engine.back_up_if(is_sync, left_out)
-        for fast, slow in self._pairs:
-            if id(fast) in by_row and self._var_key(fast) in given:
-                self._sync_rows_if(is_sync, fast, slow)
+        self._sync_if(is_sync, variables or _keras.weights(self))
         self._sync_slots_if(is_sync)
-        engine.write_count(self._iterations, updates)
+        engine.write_count(self._counter, updates)
 
-    def _sync_rows_if(self, is_sync: Any, fast: Any, slow: Any) -> None:
-        """The sync of a table of which only some rows moved in this cycle."""
-        last_update, now, lookups = self._inside().last_update_of(fast)
-        most = lookups and self.k * lookups
-        group = (fast, slow, last_update)
-        engine.sync_rows_if(is_sync, group, now - self.k, self.alpha, most)
+    def _back_up_if(self, is_first: Any) -> None:
+        """phi := theta, but for rows that are copied when a cycle first moves them."""
+        pairs = [pair for pair in self._pairs if self._moved(pair[0]) is None]
+        if self._slot_pairs:
+            self.catch_up_if(is_first)
+        engine.back_up_if(is_first, pairs + self._slot_pairs)
+
+    def _sync_if(self, is_sync: Any, given: list) -> None:
+        """phi := phi + alpha (theta - phi), theta := phi.
+
+        The slow copy of a weight that was left out, such as a frozen one, follows it.
+        """
+        sync, keys = Sync(self.alpha), {_keras.key(self, v) for v in given}
+        present: list[tuple] = []
+        left_out: list[tuple] = []
+        for fast, slow in self._pairs:
+            moved = self._moved(fast)
+            if _keras.key(self, fast) not in keys:
+                left_out.append((fast, slow))
+            elif moved is None:
+                present.append((fast, slow))
+            else:
+                rows = fast, slow, moved.last_update
+                engine.sync_rows_if(is_sync, rows, moved.since(self.k), sync)
+        engine.sync_if(is_sync, present, sync)
+        engine.back_up_if(is_sync, left_out)
 
     def _sync_slots_if(self, is_sync: Any) -> None:
-        if not self._slot_pairs and not self._initial_slots:
-            return
-        self.catch_up_if(is_sync)
-        engine.sync_if(is_sync, self._slot_pairs, self.alpha)
-        for slot, value in self._initial_slots:
-            engine.update_if(
-                is_sync,
-                [(slot,)],
-                lambda old, value=value: (ops.full_like(old, value),),
-            )
+        if self._slot_pairs or self._reset_slots:
+            self.catch_up_if(is_sync)
+        engine.sync_if(is_sync, self._slot_pairs, Sync(self.alpha))
+        if self._reset_slots:
+            engine.update_if(is_sync, [tuple(self._reset_slots)], self._reset)
 
-    # Rows of lazy tables: their slow copy is taken when the cycle first moves them
-
-    @_private.no_automatic_dependency_tracking
-    def _copy_rows_where_they_move(self) -> None:
-        self._by_row, inside = [], self._inside()
-        # JAX's optimizer that may skip an update cannot write this one's variables.
-        between = self._inner is not inside
-        if inside is not None and not (between and engine.SELECTS_UPDATES):
-            self._by_row = inside.copy_moved_rows(self.updates_in_cycle, self._pairs)
-
-    def _inside(self) -> Any:
-        """The next wrapper of this package inside, or `None`.
-
-        (A method: Keras saves an attribute that holds an optimizer as one more child.)
-        """
-        inside = chain(self._inner)
-        return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
-
-    def copy_moved_rows(self, updates_in_cycle: Callable, copies: list) -> list:
-        """Inside of another Lookahead: no rows.
-
-        The two move rows behind each other's back, so both work on whole tables.
-        """
-        for fast, slow in self._pairs:
-            if any(fast is table for table in self._by_row):
-                slow.assign(self._slow_value(fast, slow))
-        if self._by_row:
-            self._inside().copy_no_rows()
-            self._by_row.clear()
-        return []
-
-    def catch_up_if(self, predicate: Any) -> None:
-        """Make slots that lag behind current, if `predicate`."""
-        inside = self._inside()
-        if inside is not None:
-            inside.catch_up_if(predicate)
+    def _reset(self, *slots: Any) -> tuple:
+        pairs = zip(slots, self._initial_values, strict=True)
+        return tuple(ops.full_like(slot, value) for slot, value in pairs)
 
     def updates_in_cycle(self) -> Any:
         """Number of updates since the last sync, or since the first update."""
-        return engine.read_count(self._iterations) % self.k
+        return engine.read_count(self._counter) % self.k
+
+    # Which rows of lazy tables move
+
+    def _moved(self, weight: Any) -> MovedRows | None:
+        """Tells which rows of a table moved; `None` for what moves as a whole."""
+        return self._moved_rows.get(_keras.key(self, weight))
 
     def _slow_value(self, fast: keras.Variable, slow: keras.Variable) -> Any:
         """The slow weights; of a row that has not moved since, the weights."""
-        if not any(fast is table for table in self._by_row):
+        moved = self._moved(fast)
+        if moved is None:
             return ops.convert_to_tensor(slow)
-        last_update, now, _ = self._inside().last_update_of(fast)
-        moved = last_update.value > now - ops.cast(self.updates_in_cycle(), "int32")
-        return _rows.where(moved, slow.value, fast.value)
+        is_moved = moved.last_update.value > moved.since(self.updates_in_cycle())
+        return where(is_moved, slow.value, fast.value)
+
+    def begin_cycle(self) -> None:
+        """Take the next update for the first, here and inside."""
+        engine.write_count(self._counter, 0)
+        super().begin_cycle()
 
     def restart(self) -> None:
         """Make the next update the first: phi := theta, and a new cycle.
@@ -228,7 +221,7 @@ class Lookahead(OptimizerWrapper):
         >>> model.set_weights([weight + 1 for weight in model.get_weights()])
         >>> lookahead.restart()
         """
-        engine.write_count(self._iterations, 0)
+        self.begin_cycle()
 
     def finalize_variable_values(self, var_list: list) -> None:
         """Let the inner optimizer set the weights that training ends on.
@@ -280,11 +273,11 @@ class Lookahead(OptimizerWrapper):
         """
         self._check_trains(model)
         self._end_interrupted_evaluation()
-        engine.sync_model(model)
+        engine.store_state(model)
         self._assign_slow_weights()
 
     def _assign_slow_weights(self) -> None:
-        if int(ops.convert_to_numpy(self._iterations)) == 0:
+        if int(ops.convert_to_numpy(self._counter)) == 0:
             return
         for fast, slow in self._pairs:
             # Never one buffer for both: JAX donates it.
@@ -295,9 +288,9 @@ class Lookahead(OptimizerWrapper):
             self._slow_weights_in.before_use(is_training)
 
     def _check_trains(self, model: keras.Model) -> None:
-        weights = {self._var_key(weight) for weight in model.variables}
+        weights = {_keras.key(self, weight) for weight in model.variables}
         if not self.built or weights.isdisjoint(
-            self._var_key(fast) for fast, _ in self._pairs
+            _keras.key(self, fast) for fast, _ in self._pairs
         ):
             raise ValueError(
                 f"This Lookahead does not train the model {model.name!r} (yet). "
@@ -314,44 +307,16 @@ class Lookahead(OptimizerWrapper):
         }
 
 
-def _check_arguments(k: Any, alpha: Any, inner_state: Any) -> tuple[int, float]:
-    try:
-        steps = operator.index(k)
-    except TypeError:
-        steps = 0
-    if isinstance(k, bool) or steps < 1:
-        raise ValueError(
-            "`k` is the number of updates between two syncs, an int of at least 1, "
-            f"such as k=5. Received: k={k!r}."
-        )
-    try:
-        step = float(alpha)
-    except (TypeError, ValueError):
-        step = float("nan")
-    if isinstance(alpha, (bool, str)) or not 0 < step <= 1:
-        raise ValueError(
-            "`alpha` is the step of the slow weights, a number in (0, 1], such as "
-            f"alpha=0.5. Received: alpha={alpha!r}."
-        )
-    if inner_state not in INNER_STATES:
-        raise ValueError(
-            "`inner_state` says what a sync does to the inner optimizer's slots: "
-            f"{', '.join(map(repr, INNER_STATES))}. Received: "
-            f"inner_state={inner_state!r}."
-        )
-    return steps, step
-
-
 def _initial_values(
     optimizer: keras.Optimizer, variables: list[keras.Variable]
 ) -> list[float]:
     """The constant that each slot of a new optimizer is filled with.
 
     The optimizer at hand may have been trained, so a copy of it is built, on
-    stand-ins of the weights with one entry along all axes but the first.
+    small stand-ins of the weights.
     """
     with engine.outside_graph():
-        fresh = _private.fresh_slots(optimizer, variables)
+        fresh = _keras.fresh_slots(optimizer, variables)
         slots = [slot for each in fresh for slot in each.values()]
         arrays = [ops.convert_to_numpy(slot) for slot in slots]
     for slot, array in zip(slots, arrays, strict=True):

@@ -61,7 +61,7 @@ class SlowWeightsInModel(AbstractContextManager):
         lookahead._end_interrupted_evaluation()
         if lookahead._slow_weights_in is not None:
             return
-        engine.sync_model(model)
+        engine.store_state(model)
         self._fast = [ops.copy(variable) for variable, _ in lookahead._pairs]
         self._is_open, lookahead._slow_weights_in = True, self
         try:
@@ -85,7 +85,7 @@ class SlowWeightsInModel(AbstractContextManager):
                     "was interrupted. Call model.get_weights() once, which puts the "
                     "fast weights back, before the step collects its weights."
                 )
-            engine.sync_model(self._model)
+            engine.store_state(self._model)
             pairs = self._lookahead._pairs
             for (variable, _), value in zip(pairs, self._fast, strict=True):
                 variable.assign(value)

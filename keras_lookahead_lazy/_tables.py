@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import keras
 
-from keras_lookahead_lazy import _private
+from keras_lookahead_lazy import _keras
 
 # What `keras.layers.Embedding` calls its table, and the factor of it that has a
 # row for each token when LoRA is enabled.
@@ -60,12 +60,13 @@ def check_sources(sources: Any) -> list[Source] | None:
 def find_tables(
     sources: list[Source] | None,
     variables: list[keras.Variable],
-    frozen: list[keras.Variable],
+    weights: list[keras.Variable],
 ) -> tuple[list[keras.Variable], list[str]]:
     """The tables among the weights to train.
 
     Args:
-        frozen: the model's other weights, where the model is known.
+        variables: the weights to train.
+        weights: all weights of the model, where it is known.
 
     Returns:
         The tables, and names of the sources (all where they are `None`) whose tables
@@ -74,9 +75,10 @@ def find_tables(
     Raises:
         ValueError: a source is neither, or there is no table at all.
     """
+    frozen = [weight for weight in weights if not _is_in(weight, variables)]
     if sources is None:
         tables = [v for v in variables if _is_table(v)]
-        asleep = [_private.path(v) for v in frozen if _is_table(v)]
+        asleep = [_keras.path(v) for v in frozen if _is_table(v)]
         if not tables and not asleep:
             raise ValueError(
                 "LazyOptimizer found no embedding table among the trainable "
@@ -153,6 +155,18 @@ def unique_names(
     ]
 
 
+def acts_on_rows(constraint: Any) -> bool:
+    """Whether a constraint's value for a row depends on that row alone."""
+    if constraint is None or isinstance(constraint, keras.constraints.NonNeg):
+        return True
+    by_axis = (
+        keras.constraints.MaxNorm,
+        keras.constraints.MinMaxNorm,
+        keras.constraints.UnitNorm,
+    )
+    return isinstance(constraint, by_axis) and constraint.axis in (1, -1, [1], [-1])
+
+
 def _tables_of(source: Source, variables: list[keras.Variable]) -> list[keras.Variable]:
     if isinstance(source, str):
         return [_named(source, variables)]
@@ -184,9 +198,9 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
     if re.search(r":\d+$", name):  # a layer's name may have a colon, too
         name, _, position = name.rpartition(":")
     for matches in (
-        [v for v in variables if _private.path(v) == name],
+        [v for v in variables if _keras.path(v) == name],
         [v for v in variables if _is_table(v) and _same_end(_owner(v), name)],
-        [v for v in variables if _same_end(_private.path(v), name)],
+        [v for v in variables if _same_end(_keras.path(v), name)],
     ):
         if len(matches) > 1 and position:
             matches = [v for v in matches if position == str(_position(v, variables))]
@@ -217,7 +231,7 @@ def _same_end(path: str, name: str) -> bool:
 
 
 def _owner(variable: keras.Variable) -> str:
-    return _private.path(variable).rpartition("/")[0]
+    return _keras.path(variable).rpartition("/")[0]
 
 
 def _is_table(variable: keras.Variable) -> bool:
@@ -233,5 +247,5 @@ def _position(variable: keras.Variable, variables: list[keras.Variable]) -> int:
 
 
 def _listing(variables: list[keras.Variable]) -> str:
-    listed = [f"{_private.path(v)} {tuple(v.shape)}" for v in variables]
+    listed = [f"{_keras.path(v)} {tuple(v.shape)}" for v in variables]
     return ", ".join(listed) or "none"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _arguments, _backend, _private
+from keras_lookahead_lazy import _arguments, _keras
+from keras_lookahead_lazy._backend import check_backend, engine
+from keras_lookahead_lazy._catch_up import MovedRows
 
 
 def _setting(name: str) -> Any:
@@ -44,10 +46,10 @@ class OptimizerWrapper(keras.Optimizer):
         name: str | None,
         misplaced: dict[str, Any],
     ) -> None:
-        _backend.check_backend()
-        _private.note_compiled_models(_note)
-        inner_optimizer = _get_optimizer(optimizer, type(self).__name__)
-        _arguments.refuse(misplaced, type(self), _private.innermost(inner_optimizer))
+        check_backend()
+        _keras.note_compiled_models(_note)
+        inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
+        _arguments.refuse(misplaced, type(self), _keras.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
@@ -130,9 +132,9 @@ class OptimizerWrapper(keras.Optimizer):
         self._check_known(variables, self._inner)
         self._register(variables)
 
-    @_private.no_automatic_dependency_tracking
+    @_keras.no_automatic_dependency_tracking
     def _register(self, variables: list[keras.Variable]) -> None:
-        _private.register_variables(self, variables)
+        _keras.register_weights(self, variables)
 
     def apply(self, grads: list, trainable_variables: list | None = None) -> None:
         """Let the inner optimizer update the weights, as this wrapper wants it.
@@ -154,9 +156,9 @@ class OptimizerWrapper(keras.Optimizer):
         self._apply(list(arrays), trainable_variables)
 
     def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
-        unknown = [v for v in variables if not _private.is_known(optimizer, v)]
+        unknown = [v for v in variables if not _keras.is_known(optimizer, v)]
         if unknown:
-            paths = ", ".join(_private.path(variable) for variable in unknown)
+            paths = ", ".join(_keras.path(variable) for variable in unknown)
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
                 f"weights; it does not know {paths}. One optimizer trains one model: "
@@ -166,8 +168,8 @@ class OptimizerWrapper(keras.Optimizer):
     def stateless_apply(
         self, optimizer_variables: list, grads: list, trainable_variables: list
     ) -> tuple[list, list]:
-        """`apply` on values. Whose weights they are only the compiled model tells."""
-        weights = getattr(self._model(), "trainable_variables", [])
+        """`apply` on values. Whose they are only the model in training tells."""
+        weights = getattr(_keras.training_model(), "trainable_variables", [])
         if self.built and len(weights) == len(trainable_variables):
             self._check_known(weights, self)
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
@@ -195,14 +197,47 @@ class OptimizerWrapper(keras.Optimizer):
             The number of updates of the weights: 1, or 0 where gradient
             accumulation only stored the gradients or loss scaling skipped them.
         """
-        optimizer = self._inner
+        optimizer, written = self._inner, super().variables
         if not self.gradient_accumulation_steps and not self._scales_the_loss():
-            _backend.engine.apply(optimizer, grads, variables)
+            engine.apply(optimizer, grads, variables, written)
             return 1
-        before = _backend.engine.read_count(optimizer.iterations)
-        _backend.engine.apply(optimizer, grads, variables)
+        before = engine.read_count(optimizer.iterations)
+        engine.apply(optimizer, grads, variables, written)
         # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
-        return (_backend.engine.read_count(optimizer.iterations) - before) % 2
+        return (engine.read_count(optimizer.iterations) - before) % 2
+
+    # What a wrapper says of rows and slots to the one around it. This one leaves it to
+    # the next wrapper inside.
+
+    @property
+    def _wrapper_inside(self) -> OptimizerWrapper | None:
+        inside = chain(self._inner)
+        return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
+
+    def keep_slow_rows(
+        self, pairs: Sequence[tuple], updates_in_cycle: Callable[[], Any]
+    ) -> dict[Any, MovedRows]:
+        """Take the slow copy of a table's row when a cycle first moves the row.
+
+        Args:
+            pairs: weights with their slow copies.
+            updates_in_cycle: gives the number of updates that the cycle has had.
+
+        Returns:
+            For each weight of which this is done, by its key, which rows moved.
+        """
+        inside = self._wrapper_inside
+        return inside.keep_slow_rows(pairs, updates_in_cycle) if inside else {}
+
+    def catch_up_if(self, predicate: Any) -> None:
+        """Make slots that lag behind current, if `predicate`, in a compiled step."""
+        if inside := self._wrapper_inside:
+            inside.catch_up_if(predicate)
+
+    def begin_cycle(self) -> None:
+        """Take the next update for the first of a cycle."""
+        if inside := self._wrapper_inside:
+            inside.begin_cycle()
 
     def _scales_the_loss(self) -> bool:
         return any(
@@ -214,7 +249,12 @@ class OptimizerWrapper(keras.Optimizer):
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then those of the inner optimizer."""
         self._make_slots_current()
-        return self._variables[:] + self._inner.variables
+        return super().variables + self._inner.variables
+
+    @property
+    def _counter(self) -> keras.Variable:
+        """This wrapper's own counter of updates."""
+        return _keras.counter(self)
 
     @property
     def iterations(self) -> Any:
@@ -255,7 +295,7 @@ class OptimizerWrapper(keras.Optimizer):
                 f"{type(self).__name__} is not built, so it has no variables to set "
                 "yet. Call optimizer.build(model.trainable_variables) first."
             )
-        variables = self._variables + self._inner.variables
+        variables = super().variables + self._inner.variables
         if len(weights) != len(variables):
             raise ValueError(
                 f"{type(self).__name__} has {len(variables)} variables; received "
@@ -278,7 +318,7 @@ class OptimizerWrapper(keras.Optimizer):
         return [name for name in super().__dir__() if name != "_inner"]
 
     def save_own_variables(self, store: Any) -> None:
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(super().variables):
             store[str(i)] = self._value_to_save(variable)
 
     def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
@@ -294,7 +334,7 @@ class OptimizerWrapper(keras.Optimizer):
         """
         if not self.built:
             return
-        shapes = [tuple(variable.shape) for variable in self._variables]
+        shapes = [tuple(variable.shape) for variable in super().variables]
         stored = [tuple(store[key].shape) for key in store.keys()]  # noqa: SIM118
         if sorted(stored) != sorted(shapes):
             if stored != [()] and not self._is_told:
@@ -308,18 +348,18 @@ class OptimizerWrapper(keras.Optimizer):
                 for optimizer in chain(self)[1:]:  # which Keras loads next
                     optimizer.__dict__["_is_told"] = True
             self._is_told = False
-            for variable in self._variables:
+            for variable in super().variables:
                 if "int" in variable.dtype:
                     variable.assign(ops.zeros_like(variable.value))
             return
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(super().variables):
             variable.assign(store[str(i)])
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
         return {
             "name": self.name,
-            "optimizer": _private.serialize(self._inner),
+            "optimizer": _keras.serialize(self._inner),
         }
 
     @classmethod
@@ -343,22 +383,6 @@ def _note(model: keras.Model) -> None:
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
     """An optimizer, the one inside it, and so on."""
     optimizers = [optimizer]
-    while (inside := _private.inner(optimizers[-1])) is not None:
+    while (inside := _keras.inner(optimizers[-1])) is not None:
         optimizers.append(inside)
     return optimizers
-
-
-def _get_optimizer(optimizer: Any, wrapper: str) -> keras.Optimizer:
-    if isinstance(optimizer, (str, dict)):
-        return keras.optimizers.get(optimizer)
-    if isinstance(optimizer, keras.Optimizer):
-        return optimizer
-    what = (
-        f"the class {optimizer.__name__}; write {optimizer.__name__}()"
-        if isinstance(optimizer, type)
-        else f"{optimizer!r} of type {type(optimizer).__name__}"
-    )
-    raise TypeError(
-        f"{wrapper} wraps a Keras optimizer, given as an instance, a name or a "
-        f"config: {wrapper}(keras.optimizers.Adam(1e-3)). Received {what}."
-    )

@@ -1,4 +1,4 @@
-"""The few operations that differ by backend: the same functions in each module.
+"""What differs by backend: one contract, which each module here implements.
 
 Only the module of the backend that Keras runs on is imported, as `engine`.
 """
@@ -6,15 +6,175 @@ Only the module of the backend that Keras runs on is imported, as `engine`.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import keras
 
 SUPPORTED = ("tensorflow", "jax", "torch")
 
-engine: Any = None
-if keras.backend.backend() in SUPPORTED:
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table that one step works on.
+
+    Attributes:
+        indices: int tensor of shape `(n,)`, the rows. They may repeat, with the
+            same gradient each time. `None` stands for every row of the table.
+        gradient: tensor of shape `(n, ...)`, the gradient of each of them,
+            duplicates already summed.
+        sampled: bool tensor of shape `(n,)`, whether the gradient row has an
+            entry that is not zero. `None` if they all have.
+    """
+
+    indices: Any
+    gradient: Any
+    sampled: Any
+
+
+class RowGradient(NamedTuple):
+    """The gradient of a table that was looked up and nothing else, in fixed shapes.
+
+    Attributes:
+        sums: tensor of shape `(look-ups, ...)`, gradients of different rows in the
+            first places and zeros in the others.
+        indices: int tensor of shape `(look-ups,)`, the rows' ids, sorted.
+        position: int tensor of shape `(look-ups,)`, where each id has its sum.
+    """
+
+    sums: Any
+    indices: Any
+    position: Any
+
+
+class Engine(Protocol):
+    """A backend. `variable` is a Keras variable, `values` are native tensors."""
+
+    # Whether variables hold the state while `fit` runs, or arrays beside them do.
+    VARIABLES_HOLD_STATE: bool
+
+    # Look-ups and their gradients
+
+    def is_dense(self, ids: Any) -> bool:
+        """Whether ids are in a dense tensor, so that `look_up` takes them."""
+
+    def look_up(self, table: keras.Variable, ids: Any) -> Any:
+        """Rows of a table, read so that its gradient is known by rows."""
+
+    def row_gradient(self, gradient: Any, table: keras.Variable) -> RowGradient | None:
+        """The look-ups that a gradient consists of.
+
+        Returns:
+            `None` for a gradient that has other parts, for one that is better taken
+            as a whole, and where Keras itself hands rows over (TensorFlow).
+        """
+
+    def whole(self, gradient: Any) -> Any:
+        """A gradient in a form that Keras's optimizers take."""
+
+    def sum_duplicates(self, gradient: Any) -> Any:
+        """A gradient with each row in one place, so that Keras computes with sums."""
+
+    # Rows of a table, and of what is kept for it
+
+    def replica(self, variable: Any, like: Any) -> Any:
+        """The replica of `variable` that lies where the replica `like` does."""
+
+    def find_rows(
+        self, gradient: Any, variables: Sequence[Any], every_row: bool
+    ) -> tuple[Rows, list]:
+        """The rows of a table that its gradient touches.
+
+        Args:
+            gradient: dense or sparse.
+            variables: replicas of the table and of what is kept for it.
+            every_row: whether the step needs the whole table.
+
+        Returns:
+            The rows, and the values of each of the variables there.
+        """
+
+    def read_rows(self, variable: Any, indices: Any) -> Any:
+        """Rows of a replica; all, if `indices` is `None`."""
+
+    def write_rows(self, variable: Any, indices: Any, values: Any) -> None:
+        """Assign rows of a replica; all, if `indices` is `None`."""
+
+    def row_layout(self, variable: keras.Variable) -> Any:
+        """Where a vector with one entry for each row of a table belongs, or `None`."""
+
+    # Counting and branching in a step, which may be compiled
+
+    def read_count(self, variable: Any) -> Any:
+        """The value of a counter, without waiting for an accelerator."""
+
+    def write_count(self, variable: keras.Variable, count: Any) -> None:
+        """Assign a counter."""
+
+    def update_if(
+        self, predicate: Any, groups: Sequence[tuple], function: Callable[..., tuple]
+    ) -> None:
+        """Assign `function` of its values to each group, if `predicate`."""
+
+    def back_up_if(self, predicate: Any, pairs: Sequence[tuple]) -> None:
+        """slow := fast for pairs `(fast, slow)`, if `predicate`."""
+
+    def sync_if(self, predicate: Any, pairs: Sequence[tuple], sync: Any) -> None:
+        """Assign `sync(fast, slow)` to both of each pair, if `predicate`.
+
+        Args:
+            sync: a `keras_lookahead_lazy._lookahead.Sync`. A backend may compute the
+                same in place, from its `alpha`.
+        """
+
+    def sync_rows_if(
+        self, predicate: Any, group: tuple[Any, Any, Any], since: Any, sync: Any
+    ) -> None:
+        """`sync_if` in the rows that have moved.
+
+        Args:
+            group: fast weights, slow weights, the update that moved each row last.
+            since: int32 scalar, the update after which a row has to have moved.
+        """
+
+    # The rest
+
+    def apply(
+        self,
+        optimizer: keras.Optimizer,
+        grads: list,
+        variables: list | None,
+        written: list[keras.Variable],
+    ) -> None:
+        """`optimizer.apply`.
+
+        Args:
+            written: variables of a wrapper that the step writes. An optimizer of
+                JAX that may skip an update chooses between old and new values, so
+                it has to know them.
+        """
+
+    def is_recording(self) -> bool:
+        """Whether operations are recorded, or work on values that are handed in."""
+
+    def store_state(self, model: keras.Model) -> None:
+        """Give the variables what a training that goes on keeps in arrays."""
+
+    def outside_graph(self) -> AbstractContextManager:
+        """A context in which operations run at once, also while others are recorded."""
+
+
+if TYPE_CHECKING:
+    from keras_lookahead_lazy._backend import jax, tensorflow, torch
+
+    _implementations: list[Engine] = [tensorflow, jax, torch]
+    engine: Engine = _implementations[0]
+elif keras.backend.backend() in SUPPORTED:
     engine = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
+else:
+    engine = None
 
 
 def check_backend() -> None:

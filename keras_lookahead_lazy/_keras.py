@@ -2,9 +2,8 @@
 
 A wrapper has to reach its inner optimizer's per-weight state, and a lazy step
 has to run the inner optimizer's `update_step` on something smaller than the
-weight. Keras has no public way to do either. Each use is here, with the reason;
-the tests run it against the oldest and the newest Keras that `pyproject.toml`
-admits.
+weight. Keras has no public way to do either. Each use is here, with the reason,
+and nowhere else; a test looks.
 """
 
 from __future__ import annotations
@@ -19,32 +18,14 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
 
-__all__ = [
-    "apply_weight_decay",
-    "called_model",
-    "caller_of_callbacks",
-    "compile_arguments",
-    "config_with_any_learning_rate",
-    "fresh_slots",
-    "inner",
-    "innermost",
-    "is_known",
-    "is_saving_or_loading",
-    "no_automatic_dependency_tracking",
-    "note_compiled_models",
-    "path",
-    "register_variables",
-    "serialize",
-    "slots",
-    "slots_by_row",
-    "unknown_slots",
-    "with_rows",
-]
+__all__ = ["in_stateless_scope", "no_automatic_dependency_tracking"]
 
 # Lists with one entry per weight that are no slots: the weights themselves, and
 # what the base class keeps for every optimizer.
@@ -71,22 +52,53 @@ def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
     return vars(optimizer).get("inner_optimizer")
 
 
-def register_variables(optimizer: keras.Optimizer, variables: list) -> None:
+def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
     """Tell an optimizer which weights it trains, without building anything.
 
     `Optimizer.build` would also make the averages and gradient accumulators that
     a wrapper's inner optimizer already has.
     """
-    optimizer._trainable_variables = variables
+    optimizer._trainable_variables = weights
     optimizer._trainable_variables_indices = {
-        optimizer._var_key(v): i for i, v in enumerate(variables)
+        key(optimizer, weight): i for i, weight in enumerate(weights)
     }
     optimizer.built = True
 
 
+def weights(optimizer: keras.Optimizer) -> list:
+    """The weights that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def counter(optimizer: keras.Optimizer) -> keras.Variable:
+    """An optimizer's own counter of calls, whatever its `iterations` are."""
+    return optimizer._iterations
+
+
+def key(optimizer: keras.Optimizer, variable: Any) -> Any:
+    """What a weight, its `tf.Variable` and the replicas of that have in common."""
+    return optimizer._var_key(variable)
+
+
 def is_known(optimizer: keras.Optimizer, variable: Any) -> bool:
     """Whether an optimizer was built for a weight."""
-    return optimizer._var_key(variable) in optimizer._trainable_variables_indices
+    return key(optimizer, variable) in optimizer._trainable_variables_indices
+
+
+@contextlib.contextmanager
+def variables_added(optimizer: keras.Optimizer, variables: list) -> Iterator[None]:
+    """Variables for which the innermost optimizer chooses old or new values, too.
+
+    JAX's gradient accumulation and `LossScaleOptimizer` compute every update and then
+    choose, for the variables that they know.
+    """
+    state = vars(innermost(optimizer))
+    before = state["_variables"]
+    state["_variables"] = [*before, *variables]
+    try:
+        yield
+    finally:
+        state["_variables"] = before
 
 
 def path(variable: Any) -> str:
@@ -123,27 +135,58 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
     follow: a list attribute with one entry per weight, in the order of `build`.
     """
     index = optimizer._get_variable_index(variable)
-    weights = len(optimizer._trainable_variables)
+    count = len(weights(optimizer))
     found = {}
     for name, entries in vars(optimizer).items():
         if name in _NOT_SLOTS or not isinstance(entries, list):
             continue
-        slot = entries[index] if len(entries) == weights else None
+        slot = entries[index] if len(entries) == count else None
         # Adafactor fills its lists with integers where a weight has no such slot.
         if isinstance(slot, keras.Variable) and "float" in slot.dtype:
             found[name] = slot
     return found
 
 
-def stand_in(variable: keras.Variable) -> keras.Variable:
+class UnstoredVariable(keras.Variable):
+    """A value that behaves like a variable and has no storage.
+
+    Args:
+        value: a tensor.
+        like: the Keras variable whose name and dtype it bears.
+    """
+
+    def __init__(self, value: Any, like: keras.Variable) -> None:
+        # No `super().__init__`: it would create storage. These are the
+        # attributes that the base class's properties read.
+        self._value = value
+        self._shape = tuple(value.shape)
+        self._ndim = len(self._shape)
+        self._dtype = keras.backend.standardize_dtype(like.dtype)
+        self._name = like.name
+        self._path = like.path
+        self._layout = None
+        self._regularizer = None
+        self._constraint = None
+        self._trainable = False
+        self._autocast = False
+        self._aggregation = "none"
+        self._synchronization = "auto"
+        self._overwrite_with_gradient = False
+
+    def assign(self, value: Any) -> Any:
+        self._value = ops.cast(ops.convert_to_tensor(value), self._dtype)
+        return self._value
+
+
+def _small_weight(variable: keras.Variable) -> keras.Variable:
     """A small variable that an optimizer treats as it would treat `variable`."""
     shape = tuple(variable.shape)
     small = (2,) + (1,) * (len(shape) - 1) if shape else ()
     value = np.arange(1, 1 + math.prod(small), dtype="float32").reshape(small)
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    stand_in = keras.Variable(value, dtype=dtype, name=path(variable).split("/")[-1])
-    stand_in._path = path(variable)
-    return stand_in
+    weight = keras.Variable(value, dtype=dtype, name=path(variable).split("/")[-1])
+    weight._path = path(variable)
+    return weight
 
 
 def fresh_slots(
@@ -151,14 +194,14 @@ def fresh_slots(
 ) -> list[dict[str, keras.Variable]]:
     """The slots of a copy of `optimizer`, not trained yet, for each of `variables`.
 
-    The copy is built on stand-ins of the weights, with two entries along the first
-    axis and one along each other.
+    The copy is built on small stand-ins of the weights, with two entries along the
+    first axis and one along each other.
     """
     config = config_with_any_learning_rate(optimizer)
     copy = type(optimizer).from_config(config)
-    stand_ins = [stand_in(variable) for variable in variables]
-    copy.build(stand_ins)
-    return [slots(copy, each) for each in stand_ins]
+    small = [_small_weight(variable) for variable in variables]
+    copy.build(small)
+    return [slots(copy, weight) for weight in small]
 
 
 def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
@@ -177,13 +220,15 @@ def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
 
 def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Variable]:
     """Variables that may be slots of a table, but not where `slots` looks for them."""
+    rows = tuple(variable.shape[:1])
+    # Of a weight with another number of rows it would be in the place of another.
+    alike = [v for v in weights(optimizer) if tuple(v.shape[:1]) == rows]
     known = [
-        *(slots(optimizer, v).values() for v in optimizer._trainable_variables),
+        *(slots(optimizer, v).values() for v in alike),
         vars(optimizer).get("_accumulated_gradients", []),
         vars(optimizer).get("_model_variables_moving_average", []),
     ]
     ids = {id(each) for entries in known for each in entries}
-    rows = tuple(variable.shape[:1])
     return [
         each
         for each in optimizer._variables
@@ -191,46 +236,149 @@ def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Varia
     ]
 
 
-@contextlib.contextmanager
-def with_rows(
-    optimizer: keras.Optimizer, variable: Any, views: dict[str, keras.Variable]
-) -> Iterator[keras.Optimizer]:
-    """A stand-in for `optimizer` that finds `views` where one weight's slots were.
+# Another update for some weights
 
-    It shares everything else (hyperparameters, counters, learning rate), so its
-    `update_step` is the inner optimizer's own, run on other storage. It is made
+
+def take_over(
+    optimizer: keras.Optimizer,
+    is_taken: Callable[[Any], bool],
+    update: Callable[[Any, Any, Any], None],
+) -> None:
+    """Put `update` in the place of an optimizer's `update_step` for some weights.
+
+    Their weight decay is left to `update`, too. All that Keras does around the step
+    (clipping, accumulation, replicas, averages) stays.
+
+    Args:
+        is_taken: tells of a weight (on TensorFlow of its replica) whether it is one.
+        update: gets gradient, weight and learning rate.
+    """
+    update_step, decay_weights = optimizer.update_step, optimizer._apply_weight_decay
+
+    def update_weight(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        step = update if is_taken(variable) else update_step
+        step(gradient, variable, learning_rate)
+
+    def decay_others(variables: list) -> None:
+        others = [v for v in variables if not is_taken(v)]
+        if others:
+            decay_weights(others)
+
+    optimizer.update_step = update_weight
+    optimizer._apply_weight_decay = decay_others
+    if hasattr(optimizer, "_parallel_update_step"):
+        _take_over_parallel_update(optimizer, is_taken)
+
+
+def is_taken_over(optimizer: keras.Optimizer) -> bool:
+    """Whether `take_over` was called for an optimizer."""
+    return "update_step" in vars(optimizer)
+
+
+def _take_over_parallel_update(
+    optimizer: keras.Optimizer, is_taken: Callable[[Any], bool]
+) -> None:
+    """Keep weights out of torch's `_foreach` update, which calls no `update_step`."""
+    from keras.src.backend.torch.optimizers.torch_parallel_optimizer import (
+        TorchParallelOptimizer,
+    )
+
+    update_all = optimizer._backend_update_step
+    # The update that the same optimizer has on other backends.
+    update_each = super(TorchParallelOptimizer, optimizer)._backend_update_step
+
+    def update(grads: list, variables: list, learning_rate: Any) -> None:
+        pairs = list(zip(grads, variables, strict=True))
+        taken = [pair for pair in pairs if is_taken(pair[1])]
+        others = [pair for pair in pairs if not is_taken(pair[1])]
+        if not others:
+            update_each(*map(list, zip(*taken, strict=True)), learning_rate)
+            return
+        update_all(*map(list, zip(*others, strict=True)), learning_rate)
+        for gradient, variable in taken:
+            optimizer.update_step(gradient, variable, learning_rate)
+
+    optimizer._backend_update_step = update
+
+
+def step_on_rows(
+    optimizer: keras.Optimizer,
+    variable: Any,
+    weight: UnstoredVariable,
+    slots: dict[str, UnstoredVariable],
+    gradient: Any,
+    learning_rate: Any,
+) -> None:
+    """An optimizer's own weight decay and `update_step`, on rows of a weight.
+
+    They run on a stand-in for the optimizer that shares everything with it
+    (hyperparameters, counters, learning rate) but the one weight's slots. It is made
     without `__init__` or `copy`, which would create variables.
+
+    Args:
+        variable: the whole weight.
+        weight: the rows.
+        slots: the rows of its slots, by name.
     """
     index = optimizer._get_variable_index(variable)
-    key = optimizer._var_key(variable)
+    variable_key = key(optimizer, variable)
     stand_in = object.__new__(type(optimizer))
     state = vars(stand_in)
     state.update(vars(optimizer))
     state.pop("update_step", None)
     state.pop("_apply_weight_decay", None)
-    for name, view in views.items():
+    for name, rows in slots.items():
         entries = list(state[name])
-        entries[index] = view
+        entries[index] = rows
         state[name] = entries
     # TensorFlow's versions of these five insist on a `tf.Variable`.
     state["assign"] = lambda variable, value: variable.assign(value)
     state["assign_add"] = lambda variable, value: variable.assign_add(value)
     state["assign_sub"] = lambda variable, value: variable.assign_sub(value)
-    state["_var_key"] = lambda variable: key
+    state["_var_key"] = lambda variable: variable_key
     if type(optimizer)._apply_weight_decay is keras.Optimizer._apply_weight_decay:
         state["_apply_weight_decay"] = BaseOptimizer._apply_weight_decay.__get__(
             stand_in
         )
     before = dict(state)
-    yield stand_in
+    stand_in._apply_weight_decay([weight])
+    stand_in.update_step(gradient, weight, learning_rate)
     for name, value in state.items():  # what the step noted in attributes of its own
         if value is not before.get(name):
             setattr(optimizer, name, value)
 
 
-def apply_weight_decay(optimizer: keras.Optimizer, variable: Any) -> None:
-    """The optimizer's own decoupled weight decay, on one weight."""
-    optimizer._apply_weight_decay([variable])
+# Models, their calls and callbacks
+
+
+def looked_up_table(layer: keras.layers.Embedding) -> keras.Variable:
+    """The variable of which an Embedding looks up rows; with LoRA, that it trains."""
+    return layer.lora_embeddings_a if layer.lora_enabled else layer._embeddings
+
+
+def with_lora(layer: keras.layers.Embedding, ids: Any, rows: Any) -> Any:
+    """What an Embedding makes of the rows of its trained table."""
+    if not layer.lora_enabled:
+        return rows
+    # Keras has `lora_alpha` since 3.11.
+    scale = getattr(layer, "lora_alpha", layer.lora_rank) / layer.lora_rank
+    return ops.take(layer._embeddings, ids, axis=0) + scale * ops.matmul(
+        rows, layer.lora_embeddings_b
+    )
+
+
+def training_model() -> keras.Model | None:
+    """The model in whose method this runs, such as `train_step`; `None` elsewhere.
+
+    On JAX that gives an optimizer mere values, not variables.
+    """
+    frame = inspect.currentframe()
+    while frame:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def called_model() -> Any:
@@ -243,9 +391,9 @@ def called_model() -> Any:
 def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
     """Call `note` with each model that is compiled from now on.
 
-    Keras tells an optimizer nothing of its model. On JAX it hands over mere values,
-    not even variables; frozen weights it hands over nowhere. It is the base class's
-    method, for Keras compares that with a model's own when it loads one.
+    Keras tells an optimizer nothing of its model, and so nothing of frozen weights.
+    It is the base class's method, for Keras compares that with a model's own when it
+    loads one.
     """
     compile_model = Trainer.compile
 

@@ -1,0 +1,133 @@
+"""TensorFlow: `tf.IndexedSlices` without duplicates, and chosen rows under XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+
+def in_xla() -> bool:
+    """Whether the code being traced will be compiled by XLA (`jit_compile=True`)."""
+    return not tf.executing_eagerly() and (
+        control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    )
+
+
+def has_entries(gradient: tf.Tensor) -> tf.Tensor:
+    """Which rows are not all zero."""
+    return tf.reduce_any(gradient != 0, axis=range(1, gradient.shape.rank))
+
+
+def sum_duplicates(gradient: Any) -> Any:
+    """The same gradient with every row of the table in one place: the sum.
+
+    Keras 2 summed; Keras 3 squares the duplicates one by one. Under XLA, where the
+    number of different rows may not shape a tensor, zeros take the other places.
+    A dense gradient is a sum already.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    if in_xla():
+        indices, position, sums = sorted_sums(gradient)
+        is_first = tf.concat([[True], position[1:] != position[:-1]], axis=0)
+        is_first = tf.reshape(is_first, [-1] + [1] * (sums.shape.rank - 1))
+        values = tf.where(is_first, tf.gather(sums, position), tf.zeros_like(sums))
+    else:
+        indices, position = tf.unique(gradient.indices)
+        values = tf.math.unsorted_segment_sum(
+            gradient.values, position, tf.size(indices)
+        )
+    return _Slices(values, indices, gradient.dense_shape)
+
+
+def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Sums over duplicates in tensors of fixed shape.
+
+    Returns:
+        The row ids, sorted; for each of them the position of its sum; the sums, in
+        as many rows as there are ids, of which the first are used.
+    """
+    order = tf.argsort(slices.indices, stable=True)
+    indices = tf.gather(slices.indices, order)
+    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    position = tf.concat([[0], tf.cumsum(is_new)], axis=0)
+    sums = tf.math.unsorted_segment_sum(
+        tf.gather(slices.values, order), position, tf.size(indices)
+    )
+    return indices, position, sums
+
+
+class _Slices(tf.IndexedSlices):
+    """`tf.IndexedSlices` that Keras can divide by a `loss_scale_factor`."""
+
+    def __truediv__(self, divisor: Any) -> _Slices:
+        return _Slices(self.values / divisor, self.indices, self.dense_shape)
+
+
+def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
+    """Leave out rows whose gradient is zero, such as a masked token's.
+
+    They are rare: where no row even begins with a zero, there is none to look for.
+
+    Args:
+        others: what else has one entry a row.
+    """
+    tensors = (gradient, *others)
+
+    def leave_out() -> tuple:
+        sampled = has_entries(gradient)
+        return tuple(tf.boolean_mask(tensor, sampled) for tensor in tensors)
+
+    first = tf.reshape(gradient, [tf.shape(gradient)[0], -1])[:, 0]
+    return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
+
+
+def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
+    """Call `function` with the positions of `chosen`, `size` at a time, under XLA.
+
+    Places that are left over in the last round repeat its last position.
+    """
+    rank = tf.cumsum(tf.cast(chosen, "int32"))
+    total = rank[-1]
+
+    def work(start: tf.Tensor) -> tuple[tf.Tensor]:
+        wanted = tf.minimum(start + tf.range(1, size + 1), total)
+        function(_first_at_least(rank, wanted))
+        return (start + size,)
+
+    tf.while_loop(lambda start: start < total, work, [tf.zeros((), "int32")])
+
+
+def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
+    """Positions of the first entries that are `wanted` or more, by bisection.
+
+    XLA's `tf.searchsorted` compares all with all.
+    """
+    length = ascending.shape[0]
+    position = tf.zeros_like(wanted)
+    for bit in reversed(range(length.bit_length())):
+        further = position + 2**bit
+        before = tf.gather(ascending, tf.minimum(further, length) - 1)
+        is_before = (further <= length) & (before < wanted)
+        position = tf.where(is_before, further, position)
+    return position
+
+
+def run_if(predicate: tf.Tensor, function: Callable) -> None:
+    """`tf.cond` without a second branch.
+
+    For XLA it is written as a loop of at most one round: XLA updates what a loop
+    carries in place, but copies what a condition leaves alone.
+    """
+    if not in_xla():
+        tf.cond(predicate, function, lambda: None)
+        return
+
+    def once(pending: tf.Tensor) -> tuple[tf.Tensor]:
+        function()
+        return (tf.zeros_like(pending),)
+
+    tf.while_loop(lambda pending: pending, once, [predicate])

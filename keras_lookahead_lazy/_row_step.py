@@ -1,0 +1,190 @@
+"""One step of the inner optimizer, on some rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lookahead_lazy import _catch_up, _keras
+from keras_lookahead_lazy._backend import RowGradient, Rows, engine
+from keras_lookahead_lazy._catch_up import MovedRows, where
+
+
+@dataclass
+class Table:
+    """An embedding table and what is kept for it.
+
+    Attributes:
+        variable: the table, of shape `(vocabulary, ...)`.
+        slots: the inner optimizer's slots for it, by name.
+        slots_by_row: the names of those that have an entry for each row.
+        log_rates: logarithm of each slot's decay in a step without gradient; empty
+            where that is not known, so that each step has to work on every row.
+        moved: the update that moved each row last, see `_catch_up`.
+        caught_up: int32 scalar variable, likewise.
+        reason: why each step has to work on every row, or `None`.
+        constraint: the table's, which has none while a step runs.
+    """
+
+    variable: keras.Variable
+    slots: dict[str, keras.Variable]
+    slots_by_row: set[str]
+    log_rates: Mapping[str, float]
+    moved: MovedRows
+    caught_up: keras.Variable
+    reason: str | None
+    constraint: Any = None
+
+    @property
+    def every_row(self) -> bool:
+        """Whether each step has to work on every row."""
+        return self.reason is not None
+
+
+def step(
+    table: Table,
+    replica: Any,
+    gradient: Any,
+    learning_rate: Any,
+    optimizer: keras.Optimizer,
+    now: Any,
+    decays: bool,
+) -> None:
+    """The inner optimizer's own step, on the sampled rows of a table.
+
+    Args:
+        replica: the table, or the replica of it that is being updated.
+        gradient: of the table; dense, sparse or a `RowGradient`.
+        optimizer: the inner optimizer.
+        now: the number of this update.
+        decays: whether slots of rows that were not sampled decay, or stay.
+    """
+    rows = _SampledRows(table, replica, gradient, decays)
+    if rows.is_empty:
+        return  # Keras on TensorFlow cannot add where there are no rows
+    if decays and table.log_rates:
+        rows.catch_up(now)
+    for copy, slow in zip(table.moved.slow_copies, rows.slow, strict=True):
+        copy.take_rows(slow, rows.weight.value, table.moved, rows.last_update.value)
+    rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
+    _keras.step_on_rows(
+        optimizer, table.variable, rows.weight, rows.slots, rows.gradient, learning_rate
+    )
+    if table.constraint is not None:
+        rows.weight.assign(table.constraint(rows.weight.masked()))
+    rows.write()
+
+
+class _SampledRows:
+    """The rows that a step works on, read once: of the table and what is kept for it.
+
+    Where a step works on the whole table, the rows that were not sampled keep their
+    values all the same; only slots that decay do so in every row.
+    """
+
+    def __init__(self, table: Table, replica: Any, gradient: Any, decays: bool) -> None:
+        slow = [copy.variable for copy in table.moved.slow_copies]
+        variables = [
+            table.variable,
+            table.moved.last_update,
+            *slow,
+            *table.slots.values(),
+        ]
+        self._stored = [engine.replica(variable, replica) for variable in variables]
+        self._caught_up = engine.replica(table.caught_up, replica)
+        self._log_rates = table.log_rates
+        rows, values = _find_rows(gradient, self._stored, table.every_row)
+        self._indices, self.gradient = rows.indices, rows.gradient
+
+        def view(variable: keras.Variable, value: Any, may_all: bool) -> RowView:
+            sampled = None if may_all else rows.sampled
+            return RowView(value, variable, sampled, late=table.every_row)
+
+        def all_change(name: str) -> bool:
+            return name not in table.slots_by_row or (decays and rows.indices is None)
+
+        count = 2 + len(slow)
+        self.weight, self.last_update, *self.slow = (
+            view(variable, value, may_all=False)
+            for variable, value in zip(variables[:count], values[:count], strict=True)
+        )
+        self.slots = {
+            name: view(slot, value, may_all=all_change(name))
+            for (name, slot), value in zip(
+                table.slots.items(), values[count:], strict=True
+            )
+        }
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows, where that is known before the step runs."""
+        return self._indices is not None and self._indices.shape[0] == 0
+
+    def catch_up(self, now: Any) -> None:
+        """Let slots decay by the steps before update `now` that their rows missed."""
+        caught_up = engine.read_rows(self._caught_up, None)
+        current = ops.maximum(self.last_update.value, caught_up)
+        _catch_up.decay(self.slots, self._log_rates, now - 1 - current)
+        if self._indices is None:
+            engine.write_rows(self._caught_up, None, now + ops.zeros_like(caught_up))
+
+    def write(self) -> None:
+        """Write the rows back."""
+        views = [self.weight, self.last_update, *self.slow, *self.slots.values()]
+        for variable, view in zip(self._stored, views, strict=True):
+            engine.write_rows(variable, self._indices, view.masked().value)
+
+
+def _find_rows(
+    gradient: Any, variables: list, every_row: bool
+) -> tuple[Rows, list[Any]]:
+    if not isinstance(gradient, RowGradient):
+        return engine.find_rows(gradient, variables, every_row)
+    indices = gradient.indices
+    by_row = gradient.sums[gradient.position]
+    sampled = ops.any(by_row != 0, axis=tuple(range(1, by_row.ndim)))
+    values = [engine.read_rows(variable, indices) for variable in variables]
+    return Rows(indices, by_row, sampled), values
+
+
+class RowView(_keras.UnstoredVariable):
+    """Some rows of a variable, read once, that behave like a variable.
+
+    An optimizer's `update_step` reads and assigns it as it would the whole; the
+    variable itself does not change until its rows are written back.
+
+    Args:
+        rows: tensor of shape `(n, ...)`, the rows' values.
+        variable: the Keras variable they are rows of, for name and dtype.
+        sampled: bool tensor of shape `(n,)`, the rows that may change; the others
+            keep their values, bit for bit. `None` if all may.
+        late: whether they do so in `masked` only, and not in every assignment, which
+            lets XLA update a table in place: an optimizer whose step looks across
+            rows has to see them as without a mask until then.
+    """
+
+    def __init__(
+        self, rows: Any, variable: keras.Variable, sampled: Any, late: bool
+    ) -> None:
+        super().__init__(rows, variable)
+        self._unchanged, self._sampled, self._late = rows, sampled, late
+
+    def assign(self, value: Any) -> Any:
+        super().assign(value)
+        if not self._late:
+            self._keep_others()
+        return self.value
+
+    def masked(self) -> RowView:
+        """This, with the rows that may not change as they were."""
+        if self._late:
+            self._keep_others()
+        return self
+
+    def _keep_others(self) -> None:
+        if self._sampled is not None:
+            super().assign(where(self._sampled, self.value, self._unchanged))
