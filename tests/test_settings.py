@@ -219,6 +219,25 @@ def test_lookahead_beyond_31_bits(accumulating, mode):
     assert int(keras.ops.convert_to_numpy(optimizer._iterations)) <= LOOKAHEAD["k"]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_lazy_after_a_billion_updates(mode):
+    """Numbers of updates go back before they overflow; what they differ by stays."""
+    weights = make_weights()
+    case = ("Adam", {"learning_rate": 0.01})
+    reference = Reference(weights, case, lazy={"tables": [0]}, lookahead=LOOKAHEAD)
+    lazy = LazyOptimizer(make(case))
+    run = Run(Lookahead(lazy, **LOOKAHEAD), weights, mode)
+    for i, step in enumerate(make_gradients(24, weights)):
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights)
+        if i == 11:
+            counts = [v for v in lazy.variables if "last_update" in v.path]
+            counts += [v for v in lazy.variables if "caught_up" in v.path]
+            for count in [*counts, lazy._iterations]:
+                count.assign(keras.ops.convert_to_numpy(count) + 2**30 - 18)
+    assert int(keras.ops.convert_to_numpy(lazy._iterations)) < 2**30
+
+
 def make_model():
     return keras.Sequential(
         [
