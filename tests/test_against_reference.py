@@ -12,7 +12,7 @@ from harness import (
     NAMES,
     OPTIMIZERS,
     Run,
-    assert_agree,
+    assert_follows,
     make,
     make_gradients,
     make_weights,
@@ -22,30 +22,29 @@ from reference import Reference
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
-STEPS = 50
+STEPS = 24
 TOLERANCE = 5e-6  # relative to the largest entry of a weight
 MOMENTS = ("decay", "freeze")
 INNER_STATES = ("maintain", "interpolate", "reset")
 GRADIENTS = ("dense", "sparse") if "graph" in MODES else ("dense",)
 
 
-def every(*choices):
-    """Every optimizer with every combination of `choices`, in the first mode.
+def rotated(*combinations_of):
+    """Every optimizer with each of its combinations, each in one of the modes.
 
-    In the other modes, which run the same code, each optimizer takes one of the
-    combinations, and all of them occur.
+    The modes take turns, so that pairs meet: each optimizer and each combination
+    occurs in every mode.
+
+    Args:
+        combinations_of: the combinations, or for every second optimizer others.
     """
-    combinations = list(itertools.product(*choices))
     parameters = []
-    for mode in MODES:
-        for i, case in enumerate(OPTIMIZERS):
-            chosen = combinations
-            if mode != MODES[0]:
-                chosen = [combinations[i % len(combinations)]]
-            parameters += [
-                pytest.param(case, mode, *c, id="-".join([mode, name_of(case), *c]))
-                for c in chosen
-            ]
+    for i, case in enumerate(OPTIMIZERS):
+        combinations = combinations_of[i % len(combinations_of)]
+        for j, combination in enumerate(combinations):
+            mode = MODES[(i // 2 + j) % len(MODES)]
+            name = "-".join([mode, name_of(case), *combination])
+            parameters.append(pytest.param(case, mode, *combination, id=name))
     return parameters
 
 
@@ -54,18 +53,21 @@ def compare(wrap, case, mode, sparse=False, **around):
     names = [name.replace("_", "/") for name in NAMES]
     reference = Reference(weights, case, names=names, **around)
     run = Run(wrap(make(case)), weights, mode, (0,) if sparse else ())
-    for step in make_gradients(STEPS, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights, TOLERANCE)
+    assert_follows(run, reference, make_gradients(STEPS, weights), TOLERANCE)
 
 
-@pytest.mark.parametrize(("case", "mode", "inner_state"), every(INNER_STATES))
+@pytest.mark.parametrize(
+    ("case", "mode", "inner_state"), rotated([(state,) for state in INNER_STATES])
+)
 def test_lookahead(case, mode, inner_state):
     settings = {"k": 4, "alpha": 0.3, "inner_state": inner_state}
     compare(lambda o: Lookahead(o, **settings), case, mode, lookahead=settings)
 
 
-@pytest.mark.parametrize(("case", "mode", "moments", "kind"), every(MOMENTS, GRADIENTS))
+@pytest.mark.parametrize(
+    ("case", "mode", "moments", "kind"),
+    rotated(list(itertools.product(MOMENTS, GRADIENTS))),
+)
 def test_lazy(case, mode, moments, kind):
     compare(
         lambda o: LazyOptimizer(o, moments=moments),
@@ -76,8 +78,16 @@ def test_lazy(case, mode, moments, kind):
     )
 
 
+# Each optimizer is above in every state of Lookahead and of lazy rows; here it takes
+# half of their product: all inner states, and both moments in turn.
+DECAY_FIRST, FREEZE_FIRST = (
+    list(zip(itertools.cycle(turns), INNER_STATES, strict=False))
+    for turns in (MOMENTS, MOMENTS[::-1])
+)
+
+
 @pytest.mark.parametrize(
-    ("case", "mode", "moments", "inner_state"), every(MOMENTS, INNER_STATES)
+    ("case", "mode", "moments", "inner_state"), rotated(DECAY_FIRST, FREEZE_FIRST)
 )
 def test_lookahead_around_lazy(case, mode, moments, inner_state):
     settings = {"k": 3, "alpha": 0.6, "inner_state": inner_state}
@@ -91,29 +101,28 @@ def test_lookahead_around_lazy(case, mode, moments, inner_state):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("inner_k", "outer_k", "states"),
-    [
-        (3, 2, ("maintain", "maintain")),
-        (2, 3, ("interpolate", "interpolate")),
-        (3, 3, ("maintain", "interpolate")),
-        (2, 4, ("maintain", "reset")),
-    ],
-)
+NESTED = [
+    (3, 2, ("maintain", "maintain")),
+    (2, 3, ("interpolate", "interpolate")),
+    (3, 3, ("maintain", "interpolate")),
+    (2, 4, ("maintain", "reset")),
+]
+
+
+@pytest.mark.parametrize("nested", NESTED, ids=str)
 @pytest.mark.parametrize("case", OPTIMIZERS[1:4:2], ids=name_of)
 @pytest.mark.parametrize("moments", MOMENTS)
-def test_lookahead_around_lookahead_around_lazy(
-    case, mode, states, inner_k, outer_k, moments
-):
+def test_lookahead_around_lookahead_around_lazy(case, nested, moments):
+    inner_k, outer_k, states = nested
     inner = {"k": inner_k, "alpha": 0.5, "inner_state": states[0]}
     outer = {"k": outer_k, "alpha": 0.3, "inner_state": states[1]}
+    turn = NESTED.index(nested) + OPTIMIZERS.index(case) // 2 + MOMENTS.index(moments)
     compare(
         lambda o: Lookahead(
             Lookahead(LazyOptimizer(o, moments=moments), **inner), **outer
         ),
         case,
-        mode,
+        MODES[turn % len(MODES)],
         sparse=True,
         lookahead=[inner, outer],
         lazy={"tables": [0], "moments": moments},

@@ -9,11 +9,14 @@ from harness import (
     OPTIMIZERS,
     Run,
     assert_agree,
+    assert_follows,
     assert_same_bits,
     error,
     make,
     make_weights,
     name_of,
+    numpy,
+    random_weights,
 )
 from keras import ops
 from reference import Reference, sampled_rows
@@ -73,8 +76,7 @@ class Watch(keras.callbacks.Callback):
         self.before, self.step = after, self.step + 1
 
 
-def make_model(tables=1, **embedding):
-    rng = np.random.default_rng(3)
+def model_of_tables(tables=1, **embedding):
     inputs = [keras.Input((4,), dtype="int32") for _ in range(tables)]
     outputs = []
     for i, tokens in enumerate(inputs):
@@ -88,7 +90,7 @@ def make_model(tables=1, **embedding):
             outputs.append(keras.layers.Flatten()(x))
     merged = outputs[0] if tables == 1 else keras.layers.Concatenate()(outputs)
     model = keras.Model(inputs, keras.layers.Dense(1)(merged))
-    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+    model.set_weights(random_weights(model, seed=3))
     return model
 
 
@@ -122,7 +124,7 @@ IN_FIT = {
 def test_only_sampled_rows_move(case, mode, moments):
     if mode != MODES[0] and (moments == "freeze" or case == "amsgrad"):
         pytest.skip("one mode of the two and three optimizers show it")
-    model = make_model()
+    model = model_of_tables()
     optimizer = LazyOptimizer(IN_FIT[case](), moments=moments)
     how = {"jax": {}, "torch": {}}.get(BACKEND, HOW[mode])
     model.compile(optimizer, "mse", **how)
@@ -131,14 +133,14 @@ def test_only_sampled_rows_move(case, mode, moments):
 
 
 def test_only_sampled_rows_of_two_tables_move():
-    model = make_model(tables=2)
+    model = model_of_tables(tables=2)
     model.compile(LazyOptimizer(IN_FIT["AdamW"]()), "mse")
     fit_watched(model, [make_tokens(50), make_tokens(50, seed=9)])
 
 
 def test_a_table_that_is_not_named_moves_as_ever():
     """The other one is the inner optimizer's alone: every row moves."""
-    model = make_model(tables=2)
+    model = model_of_tables(tables=2)
     model.compile(LazyOptimizer(IN_FIT["AdamW"](), ["table_1"]), "mse")
     tokens = [make_tokens(5), make_tokens(5, seed=9)]
     first, second = (model.get_layer(f"table_{i}").get_weights()[0] for i in (0, 1))
@@ -155,7 +157,7 @@ def test_a_table_that_is_not_named_moves_as_ever():
 @pytest.mark.parametrize("mode", MODES if BACKEND != "jax" else ("jit",))
 def test_padding_row_does_not_move(mode):
     """Its token is in every batch, but masked: its gradient is zero."""
-    model = make_model(mask_zero=True)
+    model = model_of_tables(mask_zero=True)
     how = {"jax": {}, "torch": {}}.get(BACKEND, HOW[mode])
     model.compile(LazyOptimizer(IN_FIT["AdamW"]()), "mse", **how)
     tokens = make_tokens(20) + 1
@@ -167,7 +169,7 @@ def test_padding_row_does_not_move(mode):
 @pytest.mark.parametrize("moments", ["decay", "freeze"])
 def test_lora(moments):
     """Of the two factors, the one with a row for each token is lazy."""
-    model = make_model()
+    model = model_of_tables()
     layer = model.get_layer("table_0")
     layer.enable_lora(2)
     (table,) = layer.non_trainable_weights
@@ -178,7 +180,7 @@ def test_lora(moments):
     optimizer = LazyOptimizer(IN_FIT["SGD momentum"](), [layer], moments)
     model.compile(optimizer, "mse")
     tokens = make_tokens(8)
-    before = [np.array(ops.convert_to_numpy(v)) for v in (columns, table)]
+    before = numpy([columns, table])
     y = np.random.default_rng(1).normal(size=(8 * BATCH, 1))
     seen = set()
     for batch, targets in zip(tokens, y.reshape(8, BATCH, 1), strict=True):
@@ -189,7 +191,7 @@ def test_lora(moments):
         seen |= set(np.unique(batch))
     assert list(optimizer.step_forms) == [rows.path]
     assert seen < set(range(VOCABULARY))
-    after = [ops.convert_to_numpy(v) for v in (columns, table)]
+    after = numpy([columns, table])
     assert np.all(before[0] != after[0])
     assert_same_bits(before[1:], after[1:])
 
@@ -279,7 +281,7 @@ class Masked:
                 for v in run.optimizer.variables
                 if "words_embeddings" in v.path and v.shape[:1] == by_row[0].shape[:1]
             ]
-        before = [np.array(ops.convert_to_numpy(v)) for v in by_row]
+        before = numpy(by_row)
         run.step(gradients)
         sampled = sampled_rows(gradients[0])[:, None]
         for variable, old in zip(by_row, before, strict=True):
@@ -375,9 +377,7 @@ def test_square_table_freezes_by_rows(mode):
     case = "Adafactor", {"learning_rate": 0.01}
     reference = Reference(weights, case, lazy={"tables": [0], "moments": "freeze"})
     run = Run(LazyOptimizer(make(case), moments="freeze"), weights, mode)
-    for step in make_gradients(10, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights, 5e-6)
+    assert_follows(run, reference, make_gradients(10, weights), 5e-6)
 
 
 @pytest.mark.parametrize(

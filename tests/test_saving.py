@@ -10,20 +10,25 @@ import pytest
 from harness import (
     BACKEND,
     MODES,
+    QUICK,
     Run,
     assert_agree,
     assert_same_bits,
+    dtype_policy,
     make,
+    make_data,
     make_gradients,
+    make_model,
     make_weights,
+    numpy,
+    random_weights,
+    state,
 )
 from reference import Reference
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 BATCH, BEFORE, AFTER = 4, 7, 6  # 7 steps leave every cycle below in its middle
-# Recording a graph takes longer than the few steps of most tests here; not on JAX.
-QUICK = {"run_eagerly": BACKEND != "jax"}
 
 
 def sgd():
@@ -59,48 +64,14 @@ CASES = {
 }
 
 
-def make_model(optimizer=None, **how):
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(16, 3, name="words"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2, "tanh"),
-            keras.layers.Dense(1),
-        ],
-        name="net",
-    )
-    rng = np.random.default_rng(3)
-    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
-    if optimizer is not None:
-        model.compile(optimizer, "mse", **how)
-    return model
-
-
-def make_data():
-    rng = np.random.default_rng(5)
-    samples = (BEFORE + AFTER) * BATCH
-    x = np.minimum(rng.zipf(1.4, size=(samples, 4)) - 1, 15)
-    return x, rng.normal(size=(samples, 1))
-
-
 def fit(model, first=0, last=BEFORE + AFTER, **arguments):
-    x, y = make_data()
+    x, y = make_data((BEFORE + AFTER) * BATCH)
     part = slice(first * BATCH, last * BATCH)
     inputs = x[part]
     if len(model.inputs) > 1:
         inputs = [inputs] * len(model.inputs)
     arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | arguments
     return model.fit(inputs, y[part], **arguments)
-
-
-def numpy(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-
-
-def state(model):
-    """Weights, and all variables of the optimizer."""
-    return model.get_weights() + numpy(model.optimizer.variables)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -222,8 +193,7 @@ def test_model_checkpoint(file, tmp_path):
 @pytest.mark.parametrize("case", ["interpolate", "freeze", "both"])
 def test_mixed_float16(case, tmp_path):
     """Also where slots lag and the LossScaleOptimizer outside writes the file."""
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         whole = make_model(CASES[case](), **QUICK)
         fit(whole)
         model = make_model(CASES[case](), **QUICK)
@@ -232,8 +202,6 @@ def test_mixed_float16(case, tmp_path):
         model.save(tmp_path / "model.keras")
         model = keras.models.load_model(tmp_path / "model.keras")
         fit(model, BEFORE)
-    finally:
-        keras.config.set_dtype_policy("float32")
     assert_same_bits(state(model), state(whole))
 
 
@@ -314,8 +282,7 @@ def test_name_with_a_colon(names, tmp_path):
         parts = [keras.layers.Flatten()(layer(tokens)) for layer in layers]
         merged = keras.layers.Concatenate()([*parts, *parts])
         model = keras.Model(tokens, keras.layers.Dense(1)(merged))
-        rng = np.random.default_rng(3)
-        model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+        model.set_weights(random_weights(model, seed=3))
         model.compile(Lookahead(LazyOptimizer(adam(), layers), 5), "mse", **QUICK)
         return model
 
@@ -533,7 +500,7 @@ def test_switch_moments(kind, first, mode):
     for i, step in enumerate(make_gradients(18, weights)):
         if i in (6, 12):
             optimizer.moments = reference.moments = other[optimizer.moments]
-            run._step = getattr(run, f"_{BACKEND}_step")(mode)
+            run = Run(optimizer, run.variables, mode, sparse=(0,))
         reference.apply(step)
         assert_agree(run.step(step), reference.weights)
     slots = reference.slots[0]

@@ -8,9 +8,13 @@ from harness import (
     MODES,
     Run,
     assert_agree,
+    assert_follows,
     assert_same_bits,
+    dtype_policy,
     make,
+    make_data,
     make_gradients,
+    make_model,
     make_weights,
 )
 from reference import Reference
@@ -53,9 +57,7 @@ def test_settings(kind, settings, sparse, mode):
     reference = Reference(weights, (kind, arguments), lazy=LAZY, lookahead=LOOKAHEAD)
     optimizer = both(make((kind, arguments)))
     run = Run(optimizer, weights, mode, sparse)
-    for step in make_gradients(20, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights)
+    assert_follows(run, reference, make_gradients(20, weights))
     for name, value in settings.items():
         assert getattr(optimizer, name) == value
     if settings.get("use_ema"):
@@ -87,9 +89,7 @@ def test_learning_rate_schedule(mode):
     weights = make_weights()
     reference = Reference(weights, case, lazy=LAZY, lookahead=LOOKAHEAD)
     run = Run(both(make(case)), weights, mode)
-    for step in make_gradients(12, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights)
+    assert_follows(run, reference, make_gradients(12, weights))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -102,9 +102,7 @@ def test_callable_learning_rate_and_reset():
     reference = Reference(weights, case, lookahead=lookahead)
     inner = keras.optimizers.SGD(lambda: 0.1, **arguments)
     run = Run(Lookahead(inner, **lookahead), weights)
-    for step in make_gradients(8, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights)
+    assert_follows(run, reference, make_gradients(8, weights))
 
 
 def test_exclude_from_weight_decay():
@@ -114,9 +112,7 @@ def test_exclude_from_weight_decay():
     optimizer = LazyOptimizer(make(case))
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     run = Run(optimizer, weights)
-    for step in make_gradients(8, weights):
-        reference.apply(step)
-        assert_agree(run.step(step), reference.weights)
+    assert_follows(run, reference, make_gradients(8, weights))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -219,22 +215,6 @@ def test_lookahead_beyond_31_bits(accumulating, mode):
     assert int(keras.ops.convert_to_numpy(optimizer._iterations)) <= LOOKAHEAD["k"]
 
 
-def make_model():
-    return keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(10, 3, name="words"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(1),
-        ]
-    )
-
-
-def make_data(samples=32):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.Variable")
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
@@ -273,7 +253,7 @@ def test_variables_of_a_saved_model(inner_state, mode, distributed, tmp_path):
 
 
 def test_learning_rate_callbacks():
-    x, y = make_data()
+    x, y = make_data(32)
     model = make_model()
     model.compile(both(keras.optimizers.Adam(0.1)), "mse")
     model.fit(
@@ -297,7 +277,7 @@ def test_learning_rate_callbacks():
 
 
 def test_swap_ema_weights():
-    x, y = make_data()
+    x, y = make_data(32)
     losses = {}
     for name in ("plain", "wrapped"):
         keras.utils.set_random_seed(1)
@@ -349,14 +329,10 @@ def test_loss_scaling_that_skips_a_step(order):
 def test_mixed_precision_fit(policy):
     if policy == "mixed_float16" and BACKEND == "torch":
         pytest.skip("Keras on torch has no float16 matmul gradient on this CPU")
-    x, y = make_data()
-    keras.config.set_dtype_policy(policy)
-    try:
-        model = make_model()
-        model.compile(both(keras.optimizers.Adam(0.05)), "mse")
+    x, y = make_data(32)
+    with dtype_policy(policy):
+        model = make_model(both(keras.optimizers.Adam(0.05)))
         history = model.fit(x, y, epochs=3, verbose=0)
-    finally:
-        keras.config.set_dtype_policy("float32")
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (policy == "mixed_float16")
     assert history.history["loss"][-1] < history.history["loss"][0]

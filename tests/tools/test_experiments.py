@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import shutil
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,10 +11,6 @@ import pytest
 
 for module in ("matplotlib", "rich", "PIL", "sklearn"):
     pytest.importorskip(module)
-
-# The experiments are run from the root of the repository and are not installed.
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
