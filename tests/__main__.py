@@ -18,6 +18,7 @@ PYTEST = [
     *(sys.executable, "-m", "pytest", "-q", "--durations=20"),
     *("-n", "2", "--dist", "worksteal"),
 ]
+WITHOUT_TOOLS = "--ignore=tests/tools"
 
 
 def main() -> int:
@@ -26,11 +27,13 @@ def main() -> int:
     if not backends:
         print(f"None of {', '.join(BACKENDS)} is installed; nothing to test.")
         return 2
-    failed = [
-        backend
-        for backend in backends
-        if run(backend, options.quick, with_tools=backend == backends[0])
-    ]
+    failed = []
+    for i, backend in enumerate(backends):
+        which = [] if i == 0 else [WITHOUT_TOOLS]
+        if options.quick:
+            which = [WITHOUT_TOOLS, f"--quick={i + 1}/{len(backends)}"]
+        if run(backend, which):
+            failed.append(backend)
     print(f"=== failed: {', '.join(failed)}" if failed else "=== all passed")
     return len(failed)
 
@@ -40,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="for daily work, under two minutes: one case of each test that is fast",
+        help="for daily work: of each test that is not slow one case, on one backend",
     )
     parser.add_argument(
         "backends",
@@ -54,15 +57,12 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run(backend: str, quick: bool, with_tools: bool) -> int:
-    """Test one backend; pytest's exit status."""
+def run(backend: str, which: list[str]) -> int:
+    """Test one backend; pytest's exit status, 0 if all passed."""
     print(f"=== {backend}", flush=True)
-    command = [*PYTEST, *["--quick"] * quick]
-    if not with_tools:
-        command.append("--ignore=tests/tools")
     environment = {**os.environ, "KERAS_BACKEND": backend}
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    done = subprocess.run([*PYTEST, *which], cwd=ROOT, env=environment, check=False)
     print(f"=== {backend}: {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -24,6 +25,25 @@ MODES = {
     "jax": ("jit", "eager"),
     "torch": ("eager",),
 }[BACKEND]
+
+
+def rotated(*factors: Iterable[Any], modes: Sequence[str] = MODES) -> list[Any]:
+    """Parameters: each combination of the factors once, behind one of the modes.
+
+    The modes take turns along every factor: where the factors behind one have as many
+    levels as there are modes, each of its levels meets each mode. A complete product
+    would run the same code in every mode.
+    """
+    parameters = []
+    for combination in itertools.product(*map(enumerate, factors)):
+        turn = sum(position for position, _ in combination)
+        levels = [level for _, level in combination]
+        parameters.append((modes[turn % len(modes)], *levels))
+    return parameters
+
+
+# Gradients of tables: TensorFlow makes `tf.IndexedSlices`.
+GRADIENTS = ("dense", "sparse") if BACKEND == "tensorflow" else ("dense",)
 
 # Every inner optimizer of the specification, with the variants that have slots of
 # their own. Learning rates are large, so that errors are, too.
@@ -49,7 +69,10 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def name_of(case: tuple[str, dict[str, Any]]) -> str:
+def name_of(case: Any) -> str | None:
+    """A test's id: an optimizer's settings, or what stands for itself."""
+    if not isinstance(case, tuple):
+        return str(case)
     kind, arguments = case
     settings = [f"{k}={v}" for k, v in arguments.items() if k != "learning_rate"]
     return "-".join([kind, *settings])
@@ -112,16 +135,16 @@ class Run:
     def __init__(
         self,
         optimizer: keras.Optimizer,
-        weights: list[np.ndarray] | list[keras.Variable],
+        weights: list[np.ndarray] | list[Any],
         mode: str = MODES[0],
         sparse: tuple[int, ...] = (),
         constraint: Any = None,
     ) -> None:
         self.optimizer = optimizer
-        if isinstance(weights[0], keras.Variable):
-            self.variables = weights
-        else:
-            self.variables = make_variables(weights, constraint)
+        are_arrays = isinstance(weights[0], np.ndarray)
+        self.variables: list[keras.Variable] = (
+            make_variables(weights, constraint) if are_arrays else weights
+        )
         optimizer.build(self.variables)
         self.sparse = sparse if BACKEND == "tensorflow" else ()
         self._step = getattr(self, f"_{BACKEND}_step")(mode)
@@ -209,10 +232,10 @@ def row_slices(indices: list[int], values: np.ndarray, shape: tuple[int, ...]) -
     if BACKEND == "jax":
         from jax.experimental.sparse import BCOO
 
-        return BCOO((values, np.array(indices)[:, None]), shape=shape)
+        return BCOO((tensor(values), tensor(np.array(indices)[:, None])), shape=shape)
     import torch
 
-    return torch.sparse_coo_tensor([indices], torch.tensor(values), shape)
+    return torch.sparse_coo_tensor(tensor(np.array([indices])), tensor(values), shape)
 
 
 def tensor(value: Any) -> Any:

@@ -4,11 +4,11 @@ Each backend is within 5e-6 of the same reference, so any two are within 1e-5 of
 other: on the same weights and gradients, in every optimizer and mode.
 """
 
-import itertools
+from typing import Any
 
 import pytest
 from harness import (
-    MODES,
+    GRADIENTS,
     NAMES,
     OPTIMIZERS,
     Run,
@@ -17,6 +17,7 @@ from harness import (
     make_gradients,
     make_weights,
     name_of,
+    rotated,
 )
 from reference import Reference
 
@@ -26,26 +27,6 @@ STEPS = 24
 TOLERANCE = 5e-6  # relative to the largest entry of a weight
 MOMENTS = ("decay", "freeze")
 INNER_STATES = ("maintain", "interpolate", "reset")
-GRADIENTS = ("dense", "sparse") if "graph" in MODES else ("dense",)
-
-
-def rotated(*combinations_of):
-    """Every optimizer with each of its combinations, each in one of the modes.
-
-    The modes take turns, so that pairs meet: each optimizer and each combination
-    occurs in every mode.
-
-    Args:
-        combinations_of: the combinations, or for every second optimizer others.
-    """
-    parameters = []
-    for i, case in enumerate(OPTIMIZERS):
-        combinations = combinations_of[i % len(combinations_of)]
-        for j, combination in enumerate(combinations):
-            mode = MODES[(i // 2 + j) % len(MODES)]
-            name = "-".join([mode, name_of(case), *combination])
-            parameters.append(pytest.param(case, mode, *combination, id=name))
-    return parameters
 
 
 def compare(wrap, case, mode, sparse=False, **around):
@@ -57,18 +38,19 @@ def compare(wrap, case, mode, sparse=False, **around):
 
 
 @pytest.mark.parametrize(
-    ("case", "mode", "inner_state"), rotated([(state,) for state in INNER_STATES])
+    ("mode", "case", "inner_state"), rotated(OPTIMIZERS, INNER_STATES), ids=name_of
 )
-def test_lookahead(case, mode, inner_state):
-    settings = {"k": 4, "alpha": 0.3, "inner_state": inner_state}
+def test_lookahead(mode, case, inner_state):
+    settings: dict[str, Any] = {"k": 4, "alpha": 0.3, "inner_state": inner_state}
     compare(lambda o: Lookahead(o, **settings), case, mode, lookahead=settings)
 
 
 @pytest.mark.parametrize(
-    ("case", "mode", "moments", "kind"),
-    rotated(list(itertools.product(MOMENTS, GRADIENTS))),
+    ("mode", "case", "moments", "kind"),
+    rotated(OPTIMIZERS, MOMENTS, GRADIENTS),
+    ids=name_of,
 )
-def test_lazy(case, mode, moments, kind):
+def test_lazy(mode, case, moments, kind):
     compare(
         lambda o: LazyOptimizer(o, moments=moments),
         case,
@@ -78,19 +60,25 @@ def test_lazy(case, mode, moments, kind):
     )
 
 
-# Each optimizer is above in every state of Lookahead and of lazy rows; here it takes
-# half of their product: all inner states, and both moments in turn.
-DECAY_FIRST, FREEZE_FIRST = (
-    list(zip(itertools.cycle(turns), INNER_STATES, strict=False))
-    for turns in (MOMENTS, MOMENTS[::-1])
-)
+def moments_in_turn(case, inner_state):
+    """Half of the product: each optimizer has every inner state and both moments.
+
+    Of each alone it has had the whole product above.
+    """
+    turn = OPTIMIZERS.index(case) // 2 + INNER_STATES.index(inner_state)
+    return MOMENTS[turn % len(MOMENTS)]
 
 
 @pytest.mark.parametrize(
-    ("case", "mode", "moments", "inner_state"), rotated(DECAY_FIRST, FREEZE_FIRST)
+    ("mode", "case", "moments", "inner_state"),
+    [
+        (mode, case, moments_in_turn(case, inner_state), inner_state)
+        for mode, case, inner_state in rotated(OPTIMIZERS, INNER_STATES)
+    ],
+    ids=name_of,
 )
-def test_lookahead_around_lazy(case, mode, moments, inner_state):
-    settings = {"k": 3, "alpha": 0.6, "inner_state": inner_state}
+def test_lookahead_around_lazy(mode, case, moments, inner_state):
+    settings: dict[str, Any] = {"k": 3, "alpha": 0.6, "inner_state": inner_state}
     compare(
         lambda o: Lookahead(LazyOptimizer(o, moments=moments), **settings),
         case,
@@ -101,28 +89,29 @@ def test_lookahead_around_lazy(case, mode, moments, inner_state):
     )
 
 
-NESTED = [
-    (3, 2, ("maintain", "maintain")),
-    (2, 3, ("interpolate", "interpolate")),
-    (3, 3, ("maintain", "interpolate")),
-    (2, 4, ("maintain", "reset")),
-]
+NESTED = {
+    "maintain": (3, 2, ("maintain", "maintain")),
+    "interpolate": (2, 3, ("interpolate", "interpolate")),
+    "interpolate outside": (3, 3, ("maintain", "interpolate")),
+    "reset outside": (2, 4, ("maintain", "reset")),
+}
 
 
-@pytest.mark.parametrize("nested", NESTED, ids=str)
-@pytest.mark.parametrize("case", OPTIMIZERS[1:4:2], ids=name_of)
-@pytest.mark.parametrize("moments", MOMENTS)
-def test_lookahead_around_lookahead_around_lazy(case, nested, moments):
-    inner_k, outer_k, states = nested
-    inner = {"k": inner_k, "alpha": 0.5, "inner_state": states[0]}
-    outer = {"k": outer_k, "alpha": 0.3, "inner_state": states[1]}
-    turn = NESTED.index(nested) + OPTIMIZERS.index(case) // 2 + MOMENTS.index(moments)
+@pytest.mark.parametrize(
+    ("mode", "nested", "case", "moments"),
+    rotated(NESTED, OPTIMIZERS[1:4:2], MOMENTS),
+    ids=name_of,
+)
+def test_lookahead_around_lookahead_around_lazy(mode, nested, case, moments):
+    inner_k, outer_k, states = NESTED[nested]
+    inner: dict[str, Any] = {"k": inner_k, "alpha": 0.5, "inner_state": states[0]}
+    outer: dict[str, Any] = {"k": outer_k, "alpha": 0.3, "inner_state": states[1]}
     compare(
         lambda o: Lookahead(
             Lookahead(LazyOptimizer(o, moments=moments), **inner), **outer
         ),
         case,
-        MODES[turn % len(MODES)],
+        mode,
         sparse=True,
         lookahead=[inner, outer],
         lazy={"tables": [0], "moments": moments},

@@ -724,7 +724,6 @@ def test_first_sync_in_a_stateless_loop(case):
     inner = optimizer.inner_optimizer
     plain = make_model(type(inner).from_config(inner.get_config()))
     plain.set_weights(weights)
-    weights = [jax.numpy.asarray(w) for w in weights]
     optimizer_state = [v.value for v in optimizer.variables]
     expected = steps_of_reference(plain, batches(), optimizer.k)
     for (x, y), (reference, _) in zip(batches(), expected, strict=True):

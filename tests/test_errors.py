@@ -1,5 +1,7 @@
 """Bad arguments: what came, what to write instead, and never during training."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -17,8 +19,7 @@ def adam():
 
 def model_of(*embeddings):
     """A model of the given layers, or of one Embedding called words."""
-    if not embeddings:
-        embeddings = [keras.layers.Embedding(12, 3, name="words")]
+    embeddings = embeddings or (keras.layers.Embedding(12, 3, name="words"),)
     tokens = keras.Input((4,), dtype="int32")
     merged = [keras.layers.Flatten()(layer(tokens)) for layer in embeddings]
     merged = keras.layers.Concatenate()([*merged, *merged])
@@ -59,7 +60,8 @@ def test_alpha(alpha):
 
 
 def test_integers_and_floats_of_numpy_are_fine():
-    optimizer = Lookahead(adam(), k=np.int64(3), alpha=np.float32(0.5))
+    numbers: dict[str, Any] = {"k": np.int64(3), "alpha": np.float32(0.5)}
+    optimizer = Lookahead(adam(), **numbers)
     assert (optimizer.k, optimizer.alpha) == (3, 0.5)
     assert Lookahead(adam(), k=1, alpha=1).alpha == 1.0
 

@@ -14,6 +14,8 @@ from example_data import write_jpegs  # noqa: E402
 from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
 from examples.imdb_lazy import __main__ as imdb  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
@@ -56,7 +58,7 @@ def test_runs_of_a_seed_differ_only_by_the_optimizer(tmp_path):
     )
 
     assert status == 0
-    losses = {}
+    losses: dict[int, list] = {}
     for run in results(tmp_path)["runs"]:
         losses.setdefault(run["seed"], []).append(
             [epoch[key] for epoch in run["epochs"] for key in ("loss", "val_loss")]

@@ -4,6 +4,8 @@ Weights that somebody sets, layers that are frozen or left out, optimizers that 
 trained before: against a few lines of NumPy each.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_weights_replaced_by_their_averages(lazy, restarts):
     optimizer = Lookahead(LazyOptimizer(inner) if lazy else inner, k=4)
     weights = make_weights()
     run = Run(optimizer, weights)
-    around = {"lazy": {"tables": [0]}} if lazy else {}
+    around: dict[str, Any] = {"lazy": {"tables": [0]}} if lazy else {}
     reference = Reference(weights, ("Adam", settings), lookahead={"k": 4}, **around)
     steps = make_gradients(12, weights)
     for i, step in enumerate(steps):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from harness import (
     BACKEND,
-    MODES,
     QUICK,
     Run,
     assert_agree,
@@ -20,8 +19,10 @@ from harness import (
     make_gradients,
     make_model,
     make_weights,
+    name_of,
     numpy,
     random_weights,
+    rotated,
     state,
 )
 from reference import Reference
@@ -67,21 +68,20 @@ CASES = {
 def fit(model, first=0, last=BEFORE + AFTER, **arguments):
     x, y = make_data((BEFORE + AFTER) * BATCH)
     part = slice(first * BATCH, last * BATCH)
-    inputs = x[part]
-    if len(model.inputs) > 1:
-        inputs = [inputs] * len(model.inputs)
+    inputs = [x[part]] * len(model.inputs)
     arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | arguments
-    return model.fit(inputs, y[part], **arguments)
+    return model.fit(inputs if len(inputs) > 1 else x[part], y[part], **arguments)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def training(request, tmp_path_factory):
-    """The optimizer's factory, the state in the end, files from the middle, and the
-    state in the end of the run that wrote them."""
+    """The model's factory, the state in the end, files from the middle, and the
+    state in the end of the run that wrote them. Every second case records a graph."""
     make_optimizer = CASES[request.param]
-    whole = make_model(make_optimizer())
+    how = QUICK if list(CASES).index(request.param) % 2 == 0 else {}
+    whole = make_model(make_optimizer(), **how)
     fit(whole)
-    half = make_model(make_optimizer())
+    half = make_model(make_optimizer(), **how)
     fit(half, last=BEFORE)
     files = tmp_path_factory.mktemp(request.param)
     half.save(files / "model.keras")
@@ -92,7 +92,7 @@ def training(request, tmp_path_factory):
         checkpoint = tf.train.Checkpoint(model=half, optimizer=half.optimizer)
         checkpoint.write(str(files / "checkpoint"))
     fit(half, BEFORE)
-    return make_optimizer, state(whole), files, state(half)
+    return lambda: make_model(make_optimizer(), **how), state(whole), files, state(half)
 
 
 def test_saving_changes_nothing(training):
@@ -108,8 +108,8 @@ def test_keras_file(training):
 
 
 def test_weights_file(training):
-    make_optimizer, expected, files, _ = training
-    model = make_model(make_optimizer())
+    new_model, expected, files, _ = training
+    model = new_model()
     model.optimizer.build(model.trainable_variables)
     model.load_weights(files / "model.weights.h5")
     fit(model, BEFORE)
@@ -120,8 +120,8 @@ def test_weights_file(training):
 def test_checkpoint(training):
     import tensorflow as tf
 
-    make_optimizer, expected, files, _ = training
-    model = make_model(make_optimizer())
+    new_model, expected, files, _ = training
+    model = new_model()
     model.optimizer.build(model.trainable_variables)
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
     checkpoint.read(str(files / "checkpoint")).assert_consumed()
@@ -189,6 +189,7 @@ def test_model_checkpoint(file, tmp_path):
     assert_same_bits(state(model), state(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
 @pytest.mark.parametrize("case", ["interpolate", "freeze", "both"])
 def test_mixed_float16(case, tmp_path):
@@ -453,18 +454,17 @@ def slots_of(optimizer, names, weight):
     return [numpy([found[f"{weight}_{name}"]])[0] for name in names]
 
 
-@pytest.mark.parametrize("mode", MODES)
+SLOTS = [
+    ("SGD", {"learning_rate": 0.1, "momentum": 0.9}),
+    ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
+    ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        ("SGD", {"learning_rate": 0.1, "momentum": 0.9}),
-        ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
-        ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
-    ],
-    ids=["SGD", "Adam", "RMSprop"],
+    ("mode", "case", "moments"), rotated(SLOTS, ["decay", "freeze"]), ids=name_of
 )
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
-def test_reading_variables(case, mode, moments):
+def test_reading_variables(mode, case, moments):
     """Every slot of every row is current whenever it is read, however often."""
     weights = make_weights()
     lazy = {"tables": [0], "moments": moments}
@@ -485,10 +485,10 @@ def test_reading_variables(case, mode, moments):
 MOMENTUM = {"SGD": {"momentum": 0.9}, "Adam": {}}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("first", ["decay", "freeze"])
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
-def test_switch_moments(kind, first, mode):
+@pytest.mark.parametrize(
+    ("mode", "kind", "first"), rotated(MOMENTUM, ["decay", "freeze"])
+)
+def test_switch_moments(mode, kind, first):
     """decay, freeze, decay (or the other way round), 6 steps each."""
     case = (kind, {"learning_rate": 0.05} | MOMENTUM[kind])
     weights = make_weights()

@@ -53,7 +53,8 @@ def squared(data, settings, name):
 
 
 def run_squares(folder, *seeds, **settings):
-    data = Data("numbers", *[np.zeros(3)] * 4, epochs=1)
+    part = np.zeros(3)
+    data = Data("numbers", part, part, part, part, epochs=1)
     runs = {f"seed{seed}": {"seed": seed, **settings} for seed in seeds}
     options = Namespace(output=folder, jobs=2)
     return _runs.run_all("squares", runs, lambda: data, squared, options)
@@ -131,7 +132,7 @@ def test_movement_of_rows_is_that_of_single_steps(monkeypatch):
     batches = imdb.Batches(x, y, seed=0)
     for epoch in range(2):
         batches.start(epoch)
-        distances = {True: [], False: []}
+        distances: dict[bool, list[float]] = {True: [], False: []}
         for index in range(7):
             tokens, values = batches[index]
             before = model.get_weights()[0]
