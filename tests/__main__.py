@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,9 +61,17 @@ def parse() -> argparse.Namespace:
 def run(backend: str, which: list[str]) -> int:
     """Test one backend; pytest's exit status, 0 if all passed."""
     print(f"=== {backend}", flush=True)
-    environment = {**os.environ, "KERAS_BACKEND": backend}
     start = time.monotonic()
-    done = subprocess.run([*PYTEST, *which], cwd=ROOT, env=environment, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            # Many tests compile the same programs: JAX keeps one's for the others.
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        done = subprocess.run([*PYTEST, *which], cwd=ROOT, env=environment, check=False)
     print(f"=== {backend}: {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode
 

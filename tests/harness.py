@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from reference import Reference
 
 ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
+INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
+OTHERS = [name for name in INSTALLED if name != BACKEND]
 
 # How a step is run: recorded in a graph, one operation at a time, through XLA.
 MODES = {

@@ -4,7 +4,6 @@ That the numbers are the same is in `test_against_reference.py`.
 """
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from harness import (
     BACKEND,
+    OTHERS,
     Run,
     make_data,
     make_gradients,
@@ -22,9 +22,6 @@ from harness import (
 
 import keras_lookahead_lazy
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-
-INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
-OTHERS = [name for name in INSTALLED if name != BACKEND]
 
 
 def both(optimizer, moments="decay", inner_state="maintain"):
