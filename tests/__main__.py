@@ -1,39 +1,79 @@
-"""Run the test suite once for each Keras backend: `python -m tests [BACKEND ...]`.
+"""Run the tests on one Keras backend after the other: `python -m tests --help`.
 
-Without arguments: for every backend that is installed. Tests of the tools around the
-experiments, which are the same on all, run on the first only.
+Tests of the examples' data, the experiments and the benchmarks (tests/tools) are the
+same on all backends, and run on the first one only.
 """
 
+import argparse
 import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = ("tensorflow", "jax", "torch")
-PYTEST = ["-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=20"]
+PYTEST = [
+    *(sys.executable, "-m", "pytest", "-q", "--durations=20"),
+    *("-n", "2", "--dist", "worksteal"),
+]
+WITHOUT_TOOLS = "--ignore=tests/tools"
 
 
 def main() -> int:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    chosen = sys.argv[1:] or installed
-    if not chosen:
+    options = parse()
+    backends = options.backends or [b for b in BACKENDS if importlib.util.find_spec(b)]
+    if not backends:
         print(f"None of {', '.join(BACKENDS)} is installed; nothing to test.")
         return 2
     failed = []
-    for backend in chosen:
-        print(f"=== {backend}", flush=True)
-        once = [] if backend == chosen[0] else ["--ignore=tests/test_experiments.py"]
-        run = subprocess.run(
-            [sys.executable, *PYTEST, *once],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "KERAS_BACKEND": backend},
-            check=False,
-        )
-        if run.returncode:
+    for i, backend in enumerate(backends):
+        which = [] if i == 0 else [WITHOUT_TOOLS]
+        if options.quick:
+            which = [WITHOUT_TOOLS, f"--quick={i + 1}/{len(backends)}"]
+        if run(backend, which):
             failed.append(backend)
     print(f"=== failed: {', '.join(failed)}" if failed else "=== all passed")
     return len(failed)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tests", description=__doc__)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="for daily work: of each test that is not slow one case, on one backend",
+    )
+    parser.add_argument(
+        "backends",
+        nargs="*",
+        metavar="BACKEND",
+        help=f"{', '.join(BACKENDS)}; without, every one that is installed",
+    )
+    options = parser.parse_args()
+    if unknown := set(options.backends) - set(BACKENDS):
+        parser.error(f"no such backend: {', '.join(sorted(unknown))}")
+    return options
+
+
+def run(backend: str, which: list[str]) -> int:
+    """Test one backend; pytest's exit status, 0 if all passed."""
+    print(f"=== {backend}", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            # Many tests compile the same programs: JAX keeps one's for the others.
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        done = subprocess.run([*PYTEST, *which], cwd=ROOT, env=environment, check=False)
+    print(f"=== {backend}: {time.monotonic() - start:.0f} s", flush=True)
+    return done.returncode
 
 
 if __name__ == "__main__":

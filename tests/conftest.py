@@ -7,6 +7,29 @@ import keras
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        metavar="I/N",
+        help="the first case of each test that is not slow, of every N tests the I-th",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if (share := config.getoption("quick")) is None:
+        return
+    turn, turns = map(int, share.split("/"))
+    firsts: dict[str, pytest.Item] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            firsts.setdefault(item.nodeid.partition("[")[0], item)
+    chosen = list(firsts.values())[turn - 1 :: turns]
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _fresh_session():
     keras.utils.set_random_seed(0)

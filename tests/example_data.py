@@ -1,15 +1,16 @@
 """Small files in the formats that the examples read."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def write_imdb(path, train=40, test=12, **changes):
+def write_imdb(path, train=40, test=12, **changes: Any):
     """Write a small file in the format of Keras's imdb.npz."""
     random = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, count in (("train", train), ("test", test)):
         reviews = np.empty(count, dtype=object)
         # Shorter and longer than 80 words; ranks within the 20,000 words and beyond.
@@ -30,9 +31,9 @@ def jpeg(shade, side=32):
     return np.frombuffer(file.getvalue(), "uint8")
 
 
-def write_jpegs(path, train=40, test=20, side=32, **changes):
+def write_jpegs(path, train=40, test=20, side=32, **changes: Any):
     """Write plain pictures sorted by class, the shade of red telling the class."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, count in (("train", train), ("test", test)):
         labels = np.sort(np.arange(count) % 10).astype("uint8")
         files = [jpeg(25 * int(label), side) for label in labels]

@@ -1,14 +1,26 @@
-"""Run an optimizer on given gradients, on any backend, the ways users run it."""
+"""What tests share: optimizers run on given gradients, small models, comparisons."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+from reference import Reference
 
+ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
+INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
+OTHERS = [name for name in INSTALLED if name != BACKEND]
 
 # How a step is run: recorded in a graph, one operation at a time, through XLA.
 MODES = {
@@ -16,6 +28,25 @@ MODES = {
     "jax": ("jit", "eager"),
     "torch": ("eager",),
 }[BACKEND]
+
+
+def rotated(*factors: Iterable[Any], modes: Sequence[str] = MODES) -> list[Any]:
+    """Parameters: each combination of the factors once, behind one of the modes.
+
+    The modes take turns along every factor: where the factors behind one have as many
+    levels as there are modes, each of its levels meets each mode. A complete product
+    would run the same code in every mode.
+    """
+    parameters = []
+    for combination in itertools.product(*map(enumerate, factors)):
+        turn = sum(position for position, _ in combination)
+        levels = [level for _, level in combination]
+        parameters.append((modes[turn % len(modes)], *levels))
+    return parameters
+
+
+# Gradients of tables: TensorFlow makes `tf.IndexedSlices`.
+GRADIENTS = ("dense", "sparse") if BACKEND == "tensorflow" else ("dense",)
 
 # Every inner optimizer of the specification, with the variants that have slots of
 # their own. Learning rates are large, so that errors are, too.
@@ -41,7 +72,10 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def name_of(case: tuple[str, dict[str, Any]]) -> str:
+def name_of(case: Any) -> str | None:
+    """A test's id: an optimizer's settings, or what stands for itself."""
+    if not isinstance(case, tuple):
+        return str(case)
     kind, arguments = case
     settings = [f"{k}={v}" for k, v in arguments.items() if k != "learning_rate"]
     return "-".join([kind, *settings])
@@ -94,6 +128,8 @@ class Run:
     """Variables under an optimizer that is stepped with given gradients.
 
     Args:
+        optimizer: built here, if it is not built yet.
+        weights: arrays, or the variables of another `Run`.
         mode: one of `MODES`.
         sparse: hand gradients of tables over as `tf.IndexedSlices`, with rows that
             are split into duplicates and a row whose gradient is zero.
@@ -102,25 +138,28 @@ class Run:
     def __init__(
         self,
         optimizer: keras.Optimizer,
-        weights: list[np.ndarray],
+        weights: list[np.ndarray] | list[Any],
         mode: str = MODES[0],
         sparse: tuple[int, ...] = (),
         constraint: Any = None,
     ) -> None:
         self.optimizer = optimizer
-        self.variables = make_variables(weights, constraint)
+        are_arrays = isinstance(weights[0], np.ndarray)
+        self.variables: list[keras.Variable] = (
+            make_variables(weights, constraint) if are_arrays else weights
+        )
         optimizer.build(self.variables)
         self.sparse = sparse if BACKEND == "tensorflow" else ()
         self._step = getattr(self, f"_{BACKEND}_step")(mode)
 
-    def step(self, gradients: list[np.ndarray]) -> list[np.ndarray]:
-        """One step; the weights after it."""
+    def step(self, gradients: Sequence[Any]) -> list[np.ndarray]:
+        """One step; the weights after it. Gradients are arrays or the backend's."""
         self._step(gradients)
         return self.weights
 
     @property
     def weights(self) -> list[np.ndarray]:
-        return [np.array(ops.convert_to_numpy(v)) for v in self.variables]
+        return numpy(self.variables)
 
     def _tensorflow_step(self, mode: str) -> Any:
         import tensorflow as tf
@@ -139,7 +178,7 @@ class Run:
         def step(gradients: list[np.ndarray]) -> None:
             slices = [as_slices(gradients[i]) for i in self.sparse]
             compiled(
-                [tf.constant(g) for g in gradients],
+                [tensor(g) for g in gradients],
                 [tf.constant(indices) for indices, _ in slices],
                 [tf.constant(values) for _, values in slices],
             )
@@ -150,9 +189,7 @@ class Run:
         import jax
 
         if mode == "eager":
-            return lambda gradients: self.optimizer.apply(
-                [jax.numpy.asarray(g) for g in gradients], self.variables
-            )
+            return self._eager_step
         stateless = jax.jit(self.optimizer.stateless_apply, donate_argnums=(0, 2))
 
         def step(gradients: list[np.ndarray]) -> None:
@@ -166,11 +203,10 @@ class Run:
         return step
 
     def _torch_step(self, mode: str) -> Any:
-        import torch
+        return self._eager_step
 
-        return lambda gradients: self.optimizer.apply(
-            [torch.tensor(g) for g in gradients], self.variables
-        )
+    def _eager_step(self, gradients: Sequence[Any]) -> None:
+        self.optimizer.apply([tensor(g) for g in gradients], self.variables)
 
 
 def as_slices(gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +224,121 @@ def as_slices(gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         [first, np.zeros_like(gradient[padding]), gradient[sampled] - first]
     )
     return indices, values
+
+
+def row_slices(indices: list[int], values: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """A table's gradient by rows, as the backend has it; a row may come twice."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(values, indices, tf.constant(shape, "int64"))
+    if BACKEND == "jax":
+        from jax.experimental.sparse import BCOO
+
+        return BCOO((tensor(values), tensor(np.array(indices)[:, None])), shape=shape)
+    import torch
+
+    return torch.sparse_coo_tensor(tensor(np.array([indices])), tensor(values), shape)
+
+
+def tensor(value: Any) -> Any:
+    return ops.convert_to_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def numpy(variables: Iterable[Any]) -> list[np.ndarray]:
+    return [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+# Models that Keras trains
+
+
+# Recording a graph takes longer than the few steps of most tests; not on JAX.
+QUICK = {"run_eagerly": BACKEND != "jax"}
+
+
+def make_model(
+    optimizer: Any = None,
+    vocabulary: int = VOCABULARY,
+    width: int = 3,
+    **how: Any,
+) -> keras.Model:
+    """A model of four tokens, compiled with `how` if there is an optimizer."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(vocabulary, width, name="words"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, "tanh"),
+            keras.layers.Dense(1),
+        ],
+        name="net",
+    )
+    model.set_weights(random_weights(model, seed=3))
+    if optimizer is not None:
+        model.compile(optimizer, "mse", **how)
+    return model
+
+
+def random_weights(model: keras.Model, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=w.shape).astype("float32") for w in model.get_weights()]
+
+
+def make_data(samples: int, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, some frequent and some rare, and a number for each sample."""
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(rng.zipf(1.4, size=(samples, 4)) - 1, VOCABULARY - 1)
+    return tokens, rng.normal(size=(samples, 1)).astype("float32")
+
+
+def state(model: keras.Model) -> list[np.ndarray]:
+    """Weights, and all variables of the optimizer."""
+    return model.get_weights() + numpy(model.optimizer.variables)
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """The policy of the layers that are made in the block."""
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def run_python(*arguments: Any, backend: str = BACKEND) -> str:
+    """Another Python in the root of the repository, which imports what this one does.
+
+    Returns:
+        What it prints.
+    """
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Comparisons
+
+
+def assert_follows(
+    run: Run,
+    reference: Reference,
+    steps: Iterable[list[np.ndarray]],
+    tolerance: float = 2e-5,
+) -> None:
+    """The weights after each step are the reference's."""
+    for step in steps:
+        reference.apply(step)
+        assert_agree(run.step(step), reference.weights, tolerance)
 
 
 def error(ours: list[np.ndarray], reference: list[np.ndarray]) -> float:

@@ -3,76 +3,43 @@
 That the numbers are the same is in `test_against_reference.py`.
 """
 
-import os
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, Run, make_gradients, make_weights
+from harness import (
+    BACKEND,
+    OTHERS,
+    Run,
+    make_data,
+    make_gradients,
+    make_model,
+    make_weights,
+    run_python,
+)
 
+import keras_lookahead_lazy
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-
-INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
-OTHERS = [name for name in INSTALLED if name != BACKEND]
 
 
 def both(optimizer, moments="decay", inner_state="maintain"):
     return Lookahead(LazyOptimizer(optimizer, moments=moments), 4, 0.5, inner_state)
 
 
-def run_script(backend, *arguments):
-    """This file, as a program, on another backend."""
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 # Files
 
 
-def make_model():
-    model = keras.Sequential(
-        [
-            keras.Input((5,), dtype="int32"),
-            keras.layers.Embedding(30, 4, name="words"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(6, activation="tanh"),
-            keras.layers.Dense(1),
-        ],
-        name="net",
-    )
-    rng = np.random.default_rng(3)
-    model.set_weights([rng.normal(size=w.shape) * 0.3 for w in model.get_weights()])
-    return model
-
-
-def make_batches():
-    rng = np.random.default_rng(4)
-    x = np.minimum(rng.zipf(1.4, (18 * 8, 5)) - 1, 29)
-    return x, rng.normal(size=(18 * 8, 1)).astype("float32")
-
-
 def train(model, first, last):
-    x, y = make_batches()
+    x, y = make_data(18 * 8)
     batches = slice(first * 8, last * 8)
     model.fit(x[batches], y[batches], batch_size=8, shuffle=False, verbose=0)
 
 
 def start(path, moments):
-    model = make_model()
-    inner = keras.optimizers.Adam(0.01)
-    lazy = LazyOptimizer(inner, [model.layers[0]], moments=moments)
-    model.compile(Lookahead(lazy, k=5), "mse")
+    lazy = LazyOptimizer(keras.optimizers.Adam(0.01), ["words"], moments)
+    model = make_model(Lookahead(lazy, k=5))
     train(model, 0, 7)
     model.save(path)
 
@@ -83,15 +50,17 @@ def go_on(path, result):
     np.savez(result, *model.get_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OTHERS, reason="only one backend is installed")
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize(
+    ("other", "moments"), list(zip(OTHERS, ["decay", "freeze"], strict=False))
+)
 def test_training_goes_on_on_another_backend(other, moments, tmp_path):
     file, result = tmp_path / "model.keras", tmp_path / "weights.npz"
     start(file, moments)
     model = keras.models.load_model(file)
     train(model, 7, 18)
-    run_script(other, "go_on", file, result)
+    run_python(__file__, "go_on", file, result, backend=other)
     theirs = np.load(result)
     for i, ours in enumerate(model.get_weights()):
         error = np.max(np.abs(ours - theirs[f"arr_{i}"])) / np.max(np.abs(ours))
@@ -108,13 +77,7 @@ def test_no_other_backend_is_imported():
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(sorted(new & {'tensorflow', 'jax', 'torch', 'optax'} - {sys.argv[1]}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, BACKEND],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert run_python("-c", code, BACKEND).splitlines()[-1] == "[]"
 
 
 def test_a_backend_that_cannot_train_is_refused():
@@ -123,22 +86,16 @@ def test_a_backend_that_cannot_train_is_refused():
         "try: k.Lookahead('adam')\n"
         "except ValueError as error: print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "KERAS_BACKEND": "numpy"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "tensorflow, jax, torch" in done.stdout
-    assert "'numpy'" in done.stdout
+    printed = run_python("-c", code, backend="numpy")
+    assert "tensorflow, jax, torch" in printed
+    assert "'numpy'" in printed
 
 
 def test_the_backend_is_asked_for_in_one_place():
-    package = Path(sys.modules["keras_lookahead_lazy"].__file__).parent
+    (package,) = keras_lookahead_lazy.__path__
     asking = [
         path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
+        for path in Path(package).rglob("*.py")
         if "backend.backend()" in path.read_text()
     ]
     assert asking == ["_backend/__init__.py"]
@@ -250,13 +207,13 @@ def test_torch_keeps_the_foreach_update_for_dense_weights(monkeypatch):
     assert all(shapes == [(5, 3), (3,)] for shapes in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="torch only")
 def test_torch_compiled_fit_agrees_with_eager():
     weights = {}
     for compiled in (False, True):
-        model = make_model()
         lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
-        model.compile(Lookahead(lazy, k=3), "mse", jit_compile=compiled)
+        model = make_model(Lookahead(lazy, k=3), jit_compile=compiled)
         train(model, 0, 7)
         weights[compiled] = model.get_weights()
     for compiled, eager in zip(weights[True], weights[False], strict=True):

@@ -8,13 +8,22 @@ import gc
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree, assert_same_bits
+from harness import (
+    BACKEND,
+    QUICK,
+    assert_agree,
+    assert_same_bits,
+    dtype_policy,
+    make_model,
+    numpy,
+    random_weights,
+    state,
+)
+from harness import make_data as make_samples
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
 
 BATCH, STEPS = 4, 8
-# Recording a graph takes longer than the few steps of most tests here; not on JAX.
-QUICK = {"run_eagerly": BACKEND != "jax"}
 
 
 def adam():
@@ -31,31 +40,8 @@ WRAPPED = {
 }
 
 
-def make_model(optimizer=None, **how):
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(10, 3, name="words"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2, "tanh"),
-            keras.layers.Dense(1),
-        ]
-    )
-    model.set_weights(make_weights(model, seed=3))
-    if optimizer is not None:
-        model.compile(optimizer, "mse", **how)
-    return model
-
-
-def make_weights(model, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=w.shape).astype("float32") for w in model.get_weights()]
-
-
 def make_data(steps=STEPS, seed=5):
-    rng = np.random.default_rng(seed)
-    samples = steps * BATCH
-    return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
+    return make_samples(steps * BATCH, seed)
 
 
 def batches(steps=STEPS):
@@ -78,14 +64,6 @@ def fit(model, callbacks=(), epochs=1, steps=STEPS, **arguments):
 
 def evaluate(model):
     return model.evaluate(*make_data(seed=6), batch_size=BATCH, verbose=0)
-
-
-def numpy(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-
-
-def state(model):
-    return model.get_weights() + numpy(model.optimizer.variables)
 
 
 class Recorder(keras.callbacks.Callback):
@@ -296,7 +274,6 @@ def apply(model):
 def custom_step(model):
     """One step of a loop of the user's own, not compiled."""
     x, y = make_data(1)
-    y = y.astype("float32")
     variables = model.trainable_variables
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -370,7 +347,7 @@ def test_save_after_an_interrupted_evaluation(how, tmp_path):
     assert_same_bits(loaded.get_weights(), fast)
     interrupt(model)
     if how == "save_weights":  # what is loaded stays
-        loaded = make_weights(model, seed=8)
+        loaded = random_weights(model, seed=8)
         model.set_weights(loaded)
         assert_same_bits(model.get_weights(), loaded)
 
@@ -381,7 +358,7 @@ def test_stateless_step_after_an_interrupted_evaluation():
     model = make_model(WRAPPED["Lookahead"]())
     fit(model, steps=7)
     fast = model.get_weights()
-    weights = [keras.ops.convert_to_tensor(v) for v in make_weights(model, seed=8)]
+    weights = [keras.ops.convert_to_tensor(v) for v in random_weights(model, seed=8)]
     interrupt(model)
     with pytest.raises(RuntimeError, match=r"interrupted.*model\.get_weights"):
         model.stateless_call(weights, [], make_data(1)[0])
@@ -476,7 +453,7 @@ def test_before_the_first_update():
     optimizer = Lookahead(adam())
     model = make_model(optimizer, **QUICK)
     optimizer.build(model.trainable_variables)
-    weights = make_weights(model, seed=8)
+    weights = random_weights(model, seed=8)
     model.set_weights(weights)
     with optimizer.slow_weights(model):
         assert_same_bits(model.get_weights(), weights)
@@ -489,16 +466,13 @@ def test_before_the_first_update():
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
 def test_in_a_loss_scale_optimizer():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         recorder = Recorder()
         model = make_model(Lookahead(adam(), k=3))
         assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         validation = {"validation_data": make_data(seed=6)}
         history = fit(model, [recorder, SlowWeights()], epochs=2, **validation)
         plain = make_model("sgd")
-    finally:
-        keras.config.set_dtype_policy("float32")
     for epoch, loss in enumerate(history.history["val_loss"], 1):
         # The loss scale begins too high: the first steps are none.
         updates = recorder.updates[epoch * STEPS]
@@ -585,7 +559,7 @@ def test_backup_and_restore(order, tmp_path):
             callbacks.append(StopIn("on_epoch_end"))
             with pytest.raises(KeyboardInterrupt):
                 fit(model, callbacks, epochs=3, steps=7, **validation)
-            model.set_weights(make_weights(model, seed=8))
+            model.set_weights(random_weights(model, seed=8))
         else:
             fit(model, callbacks, epochs=3, steps=7, **validation)
     assert_same_bits(state(model), state(whole))
@@ -670,8 +644,7 @@ def test_save_after_inject(when, tmp_path):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
 def test_inject_into_a_loss_scale_optimizer():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         model, plain = (make_model(adam()) for _ in range(2))
         for each in (model, plain):
             fit(each, steps=6)
@@ -684,15 +657,13 @@ def test_inject_into_a_loss_scale_optimizer():
         ):
             model.train_on_batch(x, y)
             assert_agree(model.get_weights(), fast, 2e-6)
-    finally:
-        keras.config.set_dtype_policy("float32")
 
 
 # Weights that are loaded after the build
 
 
 def load(model, how, tmp_path):
-    weights = make_weights(model, seed=9)
+    weights = random_weights(model, seed=9)
     if how == "set_weights":
         model.set_weights(weights)
     else:
@@ -739,7 +710,7 @@ def test_first_sync_in_a_stateless_loop(case):
     optimizer = WRAPPED[case]()
     model = make_model()
     optimizer.build(model.trainable_variables)
-    weights = make_weights(model, seed=9)
+    weights = random_weights(model, seed=9)
 
     def loss(weights, x, y):
         prediction, _ = model.stateless_call(weights, [], x)
@@ -753,7 +724,6 @@ def test_first_sync_in_a_stateless_loop(case):
     inner = optimizer.inner_optimizer
     plain = make_model(type(inner).from_config(inner.get_config()))
     plain.set_weights(weights)
-    weights = [jax.numpy.asarray(w) for w in weights]
     optimizer_state = [v.value for v in optimizer.variables]
     expected = steps_of_reference(plain, batches(), optimizer.k)
     for (x, y), (reference, _) in zip(batches(), expected, strict=True):

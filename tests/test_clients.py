@@ -1,5 +1,7 @@
 """What users' programs do around training, against plain Keras or NumPy."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -49,7 +51,11 @@ def step(reference, x, y):
 def test_three_lookaheads_around_lazy():
     x, y = batches(14)
     optimizer = LazyOptimizer(keras.optimizers.Adam(**ADAM))
-    cycles = [{"k": 2, "alpha": 0.3}, {"k": 3, "alpha": 0.6}, {"k": 2, "alpha": 0.8}]
+    cycles: list[dict[str, Any]] = [
+        {"k": 2, "alpha": 0.3},
+        {"k": 3, "alpha": 0.6},
+        {"k": 2, "alpha": 0.8},
+    ]
     for cycle in cycles:
         optimizer = Lookahead(optimizer, **cycle)
     model = network()
@@ -92,10 +98,10 @@ class Trainer(keras.Sequential):
 
     if BACKEND == "tensorflow":
 
-        def train_step(self, data):
+        def train_step(self, *data):
             import tensorflow as tf
 
-            x, y = data
+            ((x, y),) = data
             with tf.GradientTape() as tape:
                 loss = self.loss_of(self(x, training=True), y)
             weights = [v.value for v in self.trainable_variables]
@@ -105,8 +111,8 @@ class Trainer(keras.Sequential):
 
     elif BACKEND == "torch":
 
-        def train_step(self, data):
-            x, y = data
+        def train_step(self, *data):
+            ((x, y),) = data
             self.zero_grad()
             loss = self.loss_of(self(x, training=True), y)
             loss.backward()
@@ -117,11 +123,10 @@ class Trainer(keras.Sequential):
 
     else:
 
-        def train_step(self, state, data):
+        def train_step(self, *data):
             import jax
 
-            weights, others, slots, metrics = state
-            x, y = data
+            (weights, others, slots, metrics), (x, y) = data
 
             def loss_of(weights):
                 predicted, _ = self.stateless_call(weights, others, x, training=True)
@@ -189,18 +194,19 @@ def test_the_plateau_is_that_of_the_slow_weights(order):
     )
     callbacks = [SlowWeights(), plateau][::order]
     fit(model, x, y, epochs=6, validation_data=held, callbacks=callbacks)
-    best = np.inf
+    best, rate = np.inf, ADAM["learning_rate"]
     for _ in range(6):
         for pair in zip(x, y, strict=True):
             step(reference, *pair)
-        table, kernel, bias = reference.cycles[0].slow_weights
+        table, kernel, bias = reference.cycles[0].slow_weights or []
         predicted = table[held[0]].reshape(len(held[0]), -1) @ kernel + bias
-        loss = np.mean((predicted - held[1]) ** 2)
+        loss = float(np.mean((predicted - held[1]) ** 2))
         if loss < best - 0.3:
             best = loss
         else:
-            reference.optimizer.learning_rate *= 0.5
-    assert reference.optimizer.learning_rate < ADAM["learning_rate"]
+            rate /= 2
+            reference.optimizer.learning_rate = rate
+    assert rate < ADAM["learning_rate"]
     assert_agree(model.get_weights(), reference.weights, 5e-5)
 
 

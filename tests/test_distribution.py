@@ -6,21 +6,19 @@ The programs are those of `examples/distributed`, run as a user runs them.
 import io
 import itertools
 import re
-import subprocess
 import sys
 import zipfile
 from functools import cache
-from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND
+from harness import BACKEND, make_data, make_model, run_python
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 STEPS = 50
 
 SETTINGS = {
@@ -36,41 +34,32 @@ SETTINGS = {
 }
 ENGINES = {
     "tensorflow": [
-        ("mirrored", "--replicas=1", "--loop"),
-        ("mirrored", "--replicas=2"),
-        ("mirrored", "--replicas=2", "--loop"),
-        ("mirrored", "--replicas=4"),
-        ("mirrored", "--replicas=4", "--loop"),
-        ("multi_worker", "--replicas=2"),
+        ["mirrored", "--replicas=1", "--loop"],
+        ["mirrored", "--replicas=2"],
+        ["mirrored", "--replicas=2", "--loop"],
+        ["mirrored", "--replicas=4"],
+        ["mirrored", "--replicas=4", "--loop"],
+        ["multi_worker", "--replicas=2"],
     ],
     "jax": [
-        ("data_parallel", "--replicas=8"),
-        ("data_parallel", "--replicas=8", "--processes=2"),
-        ("model_parallel", "--replicas=8", "--shard=rows"),
-        ("model_parallel", "--replicas=8", "--shard=columns"),
+        ["data_parallel", "--replicas=8"],
+        ["data_parallel", "--replicas=8", "--processes=2"],
+        ["model_parallel", "--replicas=8", "--shard=rows"],
+        ["model_parallel", "--replicas=8", "--shard=columns"],
     ],
-    "torch": [("ddp", "--replicas=2"), ("ddp", "--replicas=3")],
+    "torch": [["ddp", "--replicas=2"], ["ddp", "--replicas=3"]],
 }[BACKEND]
 ALONE = {
-    "tensorflow": ("mirrored", "--replicas=1"),  # under OneDeviceStrategy
-    "jax": ("data_parallel", "--replicas=1"),
-    "torch": ("ddp", "--replicas=1"),
+    "tensorflow": ["mirrored", "--replicas=1"],  # under OneDeviceStrategy
+    "jax": ["data_parallel", "--replicas=1"],
+    "torch": ["ddp", "--replicas=1"],
 }[BACKEND]
 
 
 def run(engine, *arguments):
     """Run an example; what it prints."""
     name, *options = engine
-    done = subprocess.run(
-        [sys.executable, "-m", f"examples.distributed.{name}", *options, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-m", f"examples.distributed.{name}", *options, *arguments)
 
 
 def contents(path):
@@ -119,7 +108,7 @@ def test_replicas_train_as_one(engine, setting, folder, tmp_path):
     printed = run(engine, *arguments)
     assert_equal(contents(path), alone(setting, folder))
     if engine[0] != "model_parallel":  # whose devices hold different parts
-        count = re.search(r"--replicas=(\d)", engine[1])[1]
+        count = engine[1].removeprefix("--replicas=")
         assert f"{count} replicas, identical" in printed
 
 
@@ -142,16 +131,6 @@ def optimizer():
 # Programs, because the devices are set before TensorFlow or JAX starts
 
 
-def run_here(*arguments):
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def gradients_stay_sparse():
     """What reaches the lazy step under two replicas is `tf.IndexedSlices`."""
     import tensorflow as tf
@@ -169,26 +148,17 @@ def gradients_stay_sparse():
         seen.append(gradient)
         return find_rows(gradient, *arguments, **options)
 
-    engine.find_rows = spy
+    engine.find_rows = spy  # type: ignore[method-assign]
     with strategy.scope():
-        model = keras.Sequential(
-            [
-                keras.Input((5,)),
-                keras.layers.Embedding(30, 4),
-                keras.layers.Flatten(),
-                keras.layers.Dense(1),
-            ]
-        )
-        model.compile(optimizer(), "mse")
-    x = np.random.default_rng(0).integers(30, size=(16, 5))
-    model.fit(x, x[:, :1].astype("float32"), batch_size=8, verbose=0)
+        model = make_model(optimizer())
+    model.fit(*make_data(16), batch_size=8, verbose=0)
     assert len(seen) >= 2  # one a replica
     assert all(isinstance(gradient, tf.IndexedSlices) for gradient in seen)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 def test_gradients_stay_sparse_through_the_all_reduce():
-    run_here("gradients_stay_sparse")
+    run_python(__file__, "gradients_stay_sparse")
 
 
 def no_table_is_gathered(shard):
@@ -206,30 +176,22 @@ def no_table_is_gathered(shard):
     keras.distribution.set_distribution(
         keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )
-    model = keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Embedding(vocabulary, width),
-            keras.layers.Flatten(),
-            keras.layers.Dense(1),
-        ]
-    )
-    model.compile(optimizer(), "mse")
-    x = np.random.default_rng(0).integers(vocabulary, size=(16, 5))
-    model.fit(x, x[:, :1].astype("float32"), batch_size=16, verbose=0)
+    model = make_model(optimizer(), vocabulary, width)
+    x, y = make_data(16)
+    model.fit(x, y, batch_size=16, verbose=0)
 
     weights = [v.value for v in model.trainable_variables]
     state = [v.value for v in model.optimizer.variables]
     gradients = [jax.numpy.ones_like(w, device=w.sharding) for w in weights]
     step = jax.jit(model.optimizer.stateless_apply, donate_argnums=(0, 2))
-    compiled = step.lower(state, gradients, weights).compile().as_text()
+    compiled = str(step.lower(state, gradients, weights).compile().as_text())
     assert "all-gather" not in compiled
     assert "all-to-all" not in compiled
 
     trainable, other = model.trainable_variables, model.non_trainable_variables
-    state = (trainable, other, model.optimizer.variables, model.metrics_variables)
-    state = jax.tree.map(lambda v: v.value, state)
-    whole = jax.jit(model.train_step).lower(state, (x, x[:, :1])).compile().as_text()
+    variables = (trainable, other, model.optimizer.variables, model.metrics_variables)
+    values = jax.tree.map(lambda v: v.value, variables)
+    whole = str(jax.jit(model.train_step).lower(values, (x, y)).compile().as_text())
     gathered = re.findall(r"= (\S+) all-gather\(", whole)
     assert not [shape for shape in gathered if str(vocabulary) in shape]
 
@@ -247,7 +209,7 @@ def no_table_is_gathered(shard):
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
 @pytest.mark.parametrize("shard", ["rows", "columns"])
 def test_no_table_is_gathered(shard):
-    run_here("no_table_is_gathered", shard)
+    run_python(__file__, "no_table_is_gathered", shard)
 
 
 if __name__ == "__main__":

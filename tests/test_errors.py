@@ -1,9 +1,11 @@
 """Bad arguments: what came, what to write instead, and never during training."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_same_bits
+from harness import BACKEND, QUICK, assert_same_bits, dtype_policy, make_data, numpy
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
 
@@ -15,35 +17,25 @@ def adam():
     return keras.optimizers.Adam(0.05)
 
 
-def make_model(*embeddings):
+def model_of(*embeddings):
     """A model of the given layers, or of one Embedding called words."""
-    if not embeddings:
-        embeddings = [keras.layers.Embedding(10, 3, name="words")]
+    embeddings = embeddings or (keras.layers.Embedding(12, 3, name="words"),)
     tokens = keras.Input((4,), dtype="int32")
     merged = [keras.layers.Flatten()(layer(tokens)) for layer in embeddings]
     merged = keras.layers.Concatenate()([*merged, *merged])
     return keras.Model(tokens, keras.layers.Dense(1, name="head")(merged), name="net")
 
 
-def make_data(samples=8):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 10, (samples, 4)), rng.normal(size=(samples, 1))
-
-
-def numpy(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-
-
 def assert_trains_like_new(inner, model=None):
     """An optimizer that a wrapper refused does what it would have done without."""
-    model = model or make_model()
+    model = model or model_of()
     model.trainable = True
     initial = model.get_weights()
     weights = []
     for optimizer in (inner, type(inner).from_config(inner.get_config())):
         model.set_weights(initial)
-        model.compile(optimizer, "mse", run_eagerly=BACKEND != "jax")
-        model.fit(*make_data(), batch_size=4, shuffle=False, verbose=0)
+        model.compile(optimizer, "mse", **QUICK)
+        model.fit(*make_data(8), batch_size=4, shuffle=False, verbose=0)
         weights.append(model.get_weights())
     assert_same_bits(*weights)
 
@@ -68,7 +60,8 @@ def test_alpha(alpha):
 
 
 def test_integers_and_floats_of_numpy_are_fine():
-    optimizer = Lookahead(adam(), k=np.int64(3), alpha=np.float32(0.5))
+    numbers: dict[str, Any] = {"k": np.int64(3), "alpha": np.float32(0.5)}
+    optimizer = Lookahead(adam(), **numbers)
     assert (optimizer.k, optimizer.alpha) == (3, 0.5)
     assert Lookahead(adam(), k=1, alpha=1).alpha == 1.0
 
@@ -209,7 +202,7 @@ def test_what_the_constructor_fixes(wrapper, built):
     """Setting it afterwards had no effect, or half of one."""
     optimizer = wrapper(adam())
     if built:
-        build(optimizer, make_model())
+        build(optimizer, model_of())
     fixed = {"inner_optimizer": adam()}
     if wrapper is Lookahead:
         fixed |= {"k": 7, "alpha": 0.25, "inner_state": "reset"}
@@ -249,7 +242,7 @@ def test_embedding_layers(layers, error, words):
 
 
 def test_a_vector_is_no_table():
-    bias = make_model().get_layer("head").bias
+    bias = model_of().get_layer("head").bias
     with pytest.raises(ValueError, match=r"head/bias.*\(1,\).*two dimensions"):
         LazyOptimizer(adam(), [bias])
 
@@ -259,7 +252,7 @@ def build(optimizer, model):
 
 
 def other_model():
-    return make_model(keras.layers.Embedding(7, 3, name="others"))
+    return model_of(keras.layers.Embedding(7, 3, name="others"))
 
 
 SOURCES = {
@@ -287,7 +280,7 @@ def test_source_that_is_not_in_the_model(case):
     make_sources, words = SOURCES[case]
     inner = adam()
     optimizer = LazyOptimizer(inner, make_sources())
-    model = make_model()
+    model = model_of()
     with pytest.raises(ValueError, match=f"(?s){words}"):
         build(optimizer, model)
     assert not inner.built
@@ -295,18 +288,18 @@ def test_source_that_is_not_in_the_model(case):
 
 
 def test_source_that_is_not_in_the_model_stops_fit_before_the_first_step():
-    model = make_model()
+    model = model_of()
     model.compile(LazyOptimizer(adam(), ["nowhere"]), "mse")
     before = model.get_weights()
     with pytest.raises(ValueError, match="'nowhere'"):
-        model.fit(*make_data(), verbose=0)
+        model.fit(*make_data(8), verbose=0)
     assert_same_bits(model.get_weights(), before)
 
 
 @pytest.mark.parametrize("source", ["all", "layer", "variable", "name", "path"])
 def test_frozen_embedding(source):
     """A warning, and the rest trains as under the inner optimizer."""
-    model = make_model()
+    model = model_of()
     words = model.get_layer("words")
     words.trainable = False
     sources = {
@@ -320,24 +313,24 @@ def test_frozen_embedding(source):
     for wrap in (lambda o: o, lambda o: LazyOptimizer(o, sources)):
         model.set_weights(initial)
         optimizer = wrap(adam())
-        model.compile(optimizer, "mse", run_eagerly=BACKEND != "jax")
+        model.compile(optimizer, "mse", **QUICK)
         if isinstance(optimizer, LazyOptimizer):
             with pytest.warns(UserWarning, match="Frozen, .*words.*unfreezing"):
-                model.fit(*make_data(), batch_size=4, shuffle=False, verbose=0)
+                model.fit(*make_data(8), batch_size=4, shuffle=False, verbose=0)
         else:
-            model.fit(*make_data(), batch_size=4, shuffle=False, verbose=0)
+            model.fit(*make_data(8), batch_size=4, shuffle=False, verbose=0)
         ended.append(model.get_weights())
     assert_same_bits(*ended)
     assert optimizer.step_forms == {}
     words.trainable = True  # the second phase, with the same line
     model.compile(LazyOptimizer(adam(), sources), "mse")
-    model.fit(*make_data(), verbose=0)
+    model.fit(*make_data(8), verbose=0)
     assert list(model.optimizer.step_forms) == [words.embeddings.path]
 
 
 def test_one_of_two_tables_frozen():
-    tables = [keras.layers.Embedding(10, 3, name=name) for name in ("words", "tags")]
-    model = make_model(*tables)
+    tables = [keras.layers.Embedding(12, 3, name=name) for name in ("words", "tags")]
+    model = model_of(*tables)
     tables[0].trainable = False
     optimizer = LazyOptimizer(adam(), tables)
     with pytest.warns(UserWarning, match="Frozen, .*: words"):
@@ -360,11 +353,11 @@ def test_model_without_embedding():
 def test_ambiguous_name():
     towers = [
         keras.Sequential(
-            [keras.Input((4,)), keras.layers.Embedding(10, 3, name="words")], name=name
+            [keras.Input((4,)), keras.layers.Embedding(12, 3, name="words")], name=name
         )
         for name in ("left", "right")
     ]
-    model = make_model(*towers)
+    model = model_of(*towers)
     with pytest.raises(ValueError, match=r"'words'.*several.*left/words.*right/words"):
         build(LazyOptimizer(adam(), ["words"]), model)
     optimizer = LazyOptimizer(adam(), ["right/words"])
@@ -373,8 +366,8 @@ def test_ambiguous_name():
 
 
 def test_naming_a_table_twice_is_fine():
-    words = keras.layers.Embedding(10, 3, name="words")
-    model = make_model(words)
+    words = keras.layers.Embedding(12, 3, name="words")
+    model = model_of(words)
     optimizer = LazyOptimizer(adam(), [words, "words", words.embeddings])
     build(optimizer, model)
     assert list(optimizer.step_forms) == [words.embeddings.path]
@@ -406,11 +399,8 @@ def test_lazy_around_lazy():
 )
 def test_loss_scaling_on_both_sides(wrap):
     """mixed_float16 scales the loss; inside a wrapper that is done already."""
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model = make_model()
-    finally:
-        keras.config.set_dtype_policy("float32")
+    with dtype_policy("mixed_float16"):
+        model = model_of()
     optimizer = wrap(keras.optimizers.LossScaleOptimizer(adam()))
     with pytest.raises(ValueError, match=r"LossScaleOptimizer.*compile the plain"):
         model.compile(optimizer, "mse")
@@ -425,12 +415,12 @@ def test_one_inner_optimizer_in_two_lazy_optimizers(built):
     inner = adam()
     first = LazyOptimizer(inner)
     if built:
-        build(first, make_model())
+        build(first, model_of())
         with pytest.raises(ValueError, match=r"Adam.*another LazyOptimizer.*its own"):
             LazyOptimizer(inner)
         return
     second = LazyOptimizer(inner)
-    model = make_model()
+    model = model_of()
     build(first, model)
     with pytest.raises(ValueError, match=r"Adam.*another LazyOptimizer.*its own"):
         build(second, model)
@@ -439,10 +429,10 @@ def test_one_inner_optimizer_in_two_lazy_optimizers(built):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_inner_optimizer_of_another_model(wrapper):
     inner = adam()
-    build(inner, make_model())
+    build(inner, model_of())
     match = r"Adam .adam.*was built for other weights.*words/embeddings.*its own "
     with pytest.raises(ValueError, match=match + wrapper.__name__):
-        build(wrapper(inner), make_model())
+        build(wrapper(inner), model_of())
 
 
 @pytest.mark.parametrize("train", ["fit", "train_on_batch"])
@@ -450,8 +440,8 @@ def test_inner_optimizer_of_another_model(wrapper):
 def test_one_wrapper_for_two_models(wrapper, train):
     """Their weights have the same shapes, so that only their identity tells."""
     optimizer = wrapper(adam())
-    x, y = make_data()
-    model, other = make_model(), make_model()
+    x, y = make_data(8)
+    model, other = model_of(), model_of()
     for _ in range(2):  # a model that is compiled again is the same
         model.compile(optimizer, "mse")
         getattr(model, train)(x, y)
@@ -468,8 +458,8 @@ def test_one_wrapper_for_two_models(wrapper, train):
 
 def test_inject():
     with pytest.raises(ValueError, match=r"'net' is not compiled.*compile"):
-        inject(make_model())
-    model = make_model()
+        inject(model_of())
+    model = model_of()
     optimizer = adam()
     model.compile(optimizer, "mse")
     for arguments in ({"k": 0}, {"k": 2.5}, {"alpha": 0}, {"alpha": nan}):
@@ -480,11 +470,8 @@ def test_inject():
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
 def test_inject_with_bad_arguments_in_float16():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model = make_model()
-    finally:
-        keras.config.set_dtype_policy("float32")
+    with dtype_policy("mixed_float16"):
+        model = model_of()
     inner = adam()
     model.compile(inner, "mse")
     with pytest.raises(ValueError, match="`k`"):
@@ -493,7 +480,7 @@ def test_inject_with_bad_arguments_in_float16():
 
 
 def test_inject_twice():
-    model = make_model()
+    model = model_of()
     model.compile(LazyOptimizer(adam()), "mse")
     lookahead = inject(model, k=3)
     match = r"'net' has a Lookahead already.*k=3.*compile"
@@ -504,17 +491,17 @@ def test_inject_twice():
 
 
 def test_slow_weights_callback_without_lookahead():
-    model = make_model()
+    model = model_of()
     model.compile(LazyOptimizer(adam()), "mse")
     before = model.get_weights()
     match = r"no slow weights.*LazyOptimizer.*Lookahead\(\.\.\.\).*inject"
     with pytest.raises(ValueError, match=match):
-        model.fit(*make_data(), callbacks=[SlowWeights()], verbose=0)
+        model.fit(*make_data(8), callbacks=[SlowWeights()], verbose=0)
     assert_same_bits(model.get_weights(), before)
 
 
 def test_slow_weights_of_another_model():
-    model, other = make_model(), make_model()
+    model, other = model_of(), model_of()
     lookahead = Lookahead(adam())
     with (
         pytest.raises(ValueError, match=r"does not train the model 'net'.*build"),
@@ -533,7 +520,7 @@ def test_slow_weights_of_another_model():
 
 def test_set_weights():
     """A list that does not fit is refused as a whole."""
-    model = make_model()
+    model = model_of()
     optimizer = Lookahead(LazyOptimizer(adam()))
     build(optimizer, model)
     before = numpy(optimizer.variables)
@@ -572,7 +559,7 @@ def test_no_gradients_are_no_update(wrap):
     optimizer.apply([], [])
     optimizer.apply([])
     assert not optimizer.built
-    model = make_model()
+    model = model_of()
     build(optimizer, model)
     before = numpy(optimizer.variables)
     optimizer.apply([], [])

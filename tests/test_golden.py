@@ -14,7 +14,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 COMPILED = keras.backend.backend() != "torch"
 
 
-def make_model(golden):
+def model_of(golden):
     vocabulary, width = golden["initial_0"].shape
     model = keras.Sequential(
         [
@@ -51,7 +51,7 @@ def largest_difference(model, golden, step):
 )
 def test_train_on_batch(path, how):
     golden = np.load(path)
-    model = make_model(golden)
+    model = model_of(golden)
     model.compile(make_optimizer(json.loads(str(golden["case"]))), "mse", **how)
     for step, (x, y) in enumerate(zip(golden["x"], golden["y"], strict=True)):
         model.reset_metrics()  # before Keras 3.11 the loss is that of all steps so far
@@ -63,7 +63,7 @@ def test_train_on_batch(path, how):
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_fit(path):
     golden = np.load(path)
-    model = make_model(golden)
+    model = model_of(golden)
     model.compile(make_optimizer(json.loads(str(golden["case"]))), "mse")
     x, y = golden["x"], golden["y"]
     model.fit(
@@ -83,7 +83,7 @@ def test_gradient_tape(path, compiled):
     import tensorflow as tf
 
     golden = np.load(path)
-    model = make_model(golden)
+    model = model_of(golden)
     optimizer = make_optimizer(json.loads(str(golden["case"])))
 
     def step(x, y):
@@ -107,7 +107,7 @@ def test_backward(path):
     import torch
 
     golden = np.load(path)
-    model = make_model(golden)
+    model = model_of(golden)
     optimizer = make_optimizer(json.loads(str(golden["case"])))
     for i, (x, y) in enumerate(zip(golden["x"], golden["y"], strict=True)):
         model.zero_grad()
@@ -124,7 +124,7 @@ def test_jitted_loop(path):
     import jax
 
     golden = np.load(path)
-    model = make_model(golden)
+    model = model_of(golden)
     optimizer = make_optimizer(json.loads(str(golden["case"])))
     optimizer.build(model.trainable_variables)
 

@@ -4,6 +4,8 @@ Weights that somebody sets, layers that are frozen or left out, optimizers that 
 trained before: against a few lines of NumPy each.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from harness import (
     Run,
     assert_agree,
     assert_same_bits,
+    make_data,
     make_gradients,
+    make_model,
     make_weights,
+    numpy,
+    tensor,
 )
-from keras import ops
 from reference import Reference, sampled_rows
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
@@ -29,15 +34,11 @@ def adam():
     return keras.optimizers.Adam(0.01)
 
 
-def array(variable):
-    return np.array(ops.convert_to_numpy(variable))
-
-
 def slots_of(optimizer, index=0):
     """Adam's slots for a weight, as they are for somebody who reads them."""
     optimizer.catch_up()
     inner = optimizer.inner_optimizer
-    return [array(inner._momentums[index]), array(inner._velocities[index])]
+    return numpy([inner._momentums[index], inner._velocities[index]])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -78,7 +79,7 @@ def test_weights_replaced_by_their_averages(lazy, restarts):
     optimizer = Lookahead(LazyOptimizer(inner) if lazy else inner, k=4)
     weights = make_weights()
     run = Run(optimizer, weights)
-    around = {"lazy": {"tables": [0]}} if lazy else {}
+    around: dict[str, Any] = {"lazy": {"tables": [0]}} if lazy else {}
     reference = Reference(weights, ("Adam", settings), lookahead={"k": 4}, **around)
     steps = make_gradients(12, weights)
     for i, step in enumerate(steps):
@@ -102,19 +103,10 @@ def test_weights_replaced_by_their_averages(lazy, restarts):
 @pytest.mark.parametrize("lazy", [False, True])
 def test_frozen_layers_stay(lazy):
     """Frozen after compiling again with the same optimizer; then trained again."""
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(20, 3),
-            keras.layers.Flatten(),
-            keras.layers.Dense(4, "tanh"),
-            keras.layers.Dense(1),
-        ]
-    )
+    model = make_model()
     inner = LazyOptimizer(adam()) if lazy else adam()
     optimizer = Lookahead(inner, k=2, alpha=0.5)
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 20, (12, 4)), rng.normal(size=(12, 1))
+    x, y = make_data(12)
     how = {"batch_size": 4, "shuffle": False, "verbose": 0}
     model.compile(optimizer, "mse")
     model.fit(x, y, **how)
@@ -153,10 +145,7 @@ def test_around_an_optimizer_that_was_trained(mode, inner_state):
         first.step(step)
     settings = {"k": 3, "alpha": 0.4, "inner_state": inner_state}
     optimizer = Lookahead(lazy, **settings)
-    run = object.__new__(Run)
-    run.optimizer, run.variables, run.sparse = optimizer, first.variables, first.sparse
-    optimizer.build(run.variables)
-    run._step = getattr(run, f"_{BACKEND}_step")(mode)
+    run = Run(optimizer, first.variables, mode, sparse=(0,))
     slow = list(reference.weights), list(reference.slots)
     for i, step in enumerate(steps[5:], 1):
         reference.apply(step)
@@ -206,10 +195,6 @@ def test_table_without_a_gradient(left_out):
     )
 
 
-def tensor(value):
-    return ops.convert_to_tensor(value)
-
-
 def test_inner_optimizer_on_its_own():
     """Used without the LazyOptimizer around it, it is a plain optimizer again."""
     weights = make_weights()
@@ -238,7 +223,7 @@ def test_slots_are_current_for_readers():
         reference.apply(step)
         run.step(step)
     expected = reference.slots[0]["momentum"]
-    assert_agree([array(lazy.inner_optimizer._momentums[0])], [expected], 5e-6)
+    assert_agree(numpy([lazy.inner_optimizer._momentums[0]]), [expected], 5e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)

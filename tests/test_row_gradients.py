@@ -7,7 +7,7 @@ trains, so from Keras's own look-up and the backend's own dense gradient.
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree
+from harness import BACKEND, assert_agree, numpy
 from keras import ops
 from reference import Reference
 
@@ -140,10 +140,6 @@ def batches(seed=0):
     return x, rng.normal(size=(STEPS, BATCH, 1)).astype("float32")
 
 
-def arrays(variables):
-    return [np.array(ops.convert_to_numpy(variable)) for variable in variables]
-
-
 def gradients(model, x, y):
     """Keras's own gradients of the loss, as arrays."""
 
@@ -174,7 +170,7 @@ def gradients(model, x, y):
             return loss_of(predicted, losses)
 
         found = jax.grad(loss)([w.value for w in weights])
-    return arrays(found)
+    return numpy(found)
 
 
 def train(make_model, how, settings=None, moments="decay", k=None, **around):
@@ -191,7 +187,7 @@ def train(make_model, how, settings=None, moments="decay", k=None, **around):
     optimizer.build(model.trainable_variables)
     table = [w.path.endswith("words/embeddings") for w in model.trainable_variables]
     reference = Reference(
-        arrays(model.trainable_variables),
+        numpy(model.trainable_variables),
         ("Adam", settings),
         lazy={"tables": [table.index(True)], "moments": moments},
         lookahead={"k": k, "alpha": 0.3} if k else None,
@@ -202,7 +198,7 @@ def train(make_model, how, settings=None, moments="decay", k=None, **around):
             variable.assign(value)
         reference.apply(gradients(twin, x, y))
         model.train_on_batch(x, y)
-        weights = arrays(model.trainable_variables)
+        weights = numpy(model.trainable_variables)
         assert_agree(weights, reference.weights)
 
 

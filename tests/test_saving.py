@@ -9,21 +9,27 @@ import numpy as np
 import pytest
 from harness import (
     BACKEND,
-    MODES,
+    QUICK,
     Run,
     assert_agree,
     assert_same_bits,
+    dtype_policy,
     make,
+    make_data,
     make_gradients,
+    make_model,
     make_weights,
+    name_of,
+    numpy,
+    random_weights,
+    rotated,
+    state,
 )
 from reference import Reference
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 BATCH, BEFORE, AFTER = 4, 7, 6  # 7 steps leave every cycle below in its middle
-# Recording a graph takes longer than the few steps of most tests here; not on JAX.
-QUICK = {"run_eagerly": BACKEND != "jax"}
 
 
 def sgd():
@@ -59,58 +65,23 @@ CASES = {
 }
 
 
-def make_model(optimizer=None, **how):
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(16, 3, name="words"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2, "tanh"),
-            keras.layers.Dense(1),
-        ],
-        name="net",
-    )
-    rng = np.random.default_rng(3)
-    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
-    if optimizer is not None:
-        model.compile(optimizer, "mse", **how)
-    return model
-
-
-def make_data():
-    rng = np.random.default_rng(5)
-    samples = (BEFORE + AFTER) * BATCH
-    x = np.minimum(rng.zipf(1.4, size=(samples, 4)) - 1, 15)
-    return x, rng.normal(size=(samples, 1))
-
-
 def fit(model, first=0, last=BEFORE + AFTER, **arguments):
-    x, y = make_data()
+    x, y = make_data((BEFORE + AFTER) * BATCH)
     part = slice(first * BATCH, last * BATCH)
-    inputs = x[part]
-    if len(model.inputs) > 1:
-        inputs = [inputs] * len(model.inputs)
+    inputs = [x[part]] * len(model.inputs)
     arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | arguments
-    return model.fit(inputs, y[part], **arguments)
-
-
-def numpy(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-
-
-def state(model):
-    """Weights, and all variables of the optimizer."""
-    return model.get_weights() + numpy(model.optimizer.variables)
+    return model.fit(inputs if len(inputs) > 1 else x[part], y[part], **arguments)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def training(request, tmp_path_factory):
-    """The optimizer's factory, the state in the end, files from the middle, and the
-    state in the end of the run that wrote them."""
+    """The model's factory, the state in the end, files from the middle, and the
+    state in the end of the run that wrote them. Every second case records a graph."""
     make_optimizer = CASES[request.param]
-    whole = make_model(make_optimizer())
+    how = QUICK if list(CASES).index(request.param) % 2 == 0 else {}
+    whole = make_model(make_optimizer(), **how)
     fit(whole)
-    half = make_model(make_optimizer())
+    half = make_model(make_optimizer(), **how)
     fit(half, last=BEFORE)
     files = tmp_path_factory.mktemp(request.param)
     half.save(files / "model.keras")
@@ -121,7 +92,7 @@ def training(request, tmp_path_factory):
         checkpoint = tf.train.Checkpoint(model=half, optimizer=half.optimizer)
         checkpoint.write(str(files / "checkpoint"))
     fit(half, BEFORE)
-    return make_optimizer, state(whole), files, state(half)
+    return lambda: make_model(make_optimizer(), **how), state(whole), files, state(half)
 
 
 def test_saving_changes_nothing(training):
@@ -137,8 +108,8 @@ def test_keras_file(training):
 
 
 def test_weights_file(training):
-    make_optimizer, expected, files, _ = training
-    model = make_model(make_optimizer())
+    new_model, expected, files, _ = training
+    model = new_model()
     model.optimizer.build(model.trainable_variables)
     model.load_weights(files / "model.weights.h5")
     fit(model, BEFORE)
@@ -149,8 +120,8 @@ def test_weights_file(training):
 def test_checkpoint(training):
     import tensorflow as tf
 
-    make_optimizer, expected, files, _ = training
-    model = make_model(make_optimizer())
+    new_model, expected, files, _ = training
+    model = new_model()
     model.optimizer.build(model.trainable_variables)
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
     checkpoint.read(str(files / "checkpoint")).assert_consumed()
@@ -218,12 +189,12 @@ def test_model_checkpoint(file, tmp_path):
     assert_same_bits(state(model), state(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch: no float16 on a CPU")
 @pytest.mark.parametrize("case", ["interpolate", "freeze", "both"])
 def test_mixed_float16(case, tmp_path):
     """Also where slots lag and the LossScaleOptimizer outside writes the file."""
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         whole = make_model(CASES[case](), **QUICK)
         fit(whole)
         model = make_model(CASES[case](), **QUICK)
@@ -232,8 +203,6 @@ def test_mixed_float16(case, tmp_path):
         model.save(tmp_path / "model.keras")
         model = keras.models.load_model(tmp_path / "model.keras")
         fit(model, BEFORE)
-    finally:
-        keras.config.set_dtype_policy("float32")
     assert_same_bits(state(model), state(whole))
 
 
@@ -314,8 +283,7 @@ def test_name_with_a_colon(names, tmp_path):
         parts = [keras.layers.Flatten()(layer(tokens)) for layer in layers]
         merged = keras.layers.Concatenate()([*parts, *parts])
         model = keras.Model(tokens, keras.layers.Dense(1)(merged))
-        rng = np.random.default_rng(3)
-        model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+        model.set_weights(random_weights(model, seed=3))
         model.compile(Lookahead(LazyOptimizer(adam(), layers), 5), "mse", **QUICK)
         return model
 
@@ -486,18 +454,17 @@ def slots_of(optimizer, names, weight):
     return [numpy([found[f"{weight}_{name}"]])[0] for name in names]
 
 
-@pytest.mark.parametrize("mode", MODES)
+SLOTS = [
+    ("SGD", {"learning_rate": 0.1, "momentum": 0.9}),
+    ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
+    ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        ("SGD", {"learning_rate": 0.1, "momentum": 0.9}),
-        ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
-        ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
-    ],
-    ids=["SGD", "Adam", "RMSprop"],
+    ("mode", "case", "moments"), rotated(SLOTS, ["decay", "freeze"]), ids=name_of
 )
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
-def test_reading_variables(case, mode, moments):
+def test_reading_variables(mode, case, moments):
     """Every slot of every row is current whenever it is read, however often."""
     weights = make_weights()
     lazy = {"tables": [0], "moments": moments}
@@ -518,10 +485,10 @@ def test_reading_variables(case, mode, moments):
 MOMENTUM = {"SGD": {"momentum": 0.9}, "Adam": {}}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("first", ["decay", "freeze"])
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
-def test_switch_moments(kind, first, mode):
+@pytest.mark.parametrize(
+    ("mode", "kind", "first"), rotated(MOMENTUM, ["decay", "freeze"])
+)
+def test_switch_moments(mode, kind, first):
     """decay, freeze, decay (or the other way round), 6 steps each."""
     case = (kind, {"learning_rate": 0.05} | MOMENTUM[kind])
     weights = make_weights()
@@ -533,7 +500,7 @@ def test_switch_moments(kind, first, mode):
     for i, step in enumerate(make_gradients(18, weights)):
         if i in (6, 12):
             optimizer.moments = reference.moments = other[optimizer.moments]
-            run._step = getattr(run, f"_{BACKEND}_step")(mode)
+            run = Run(optimizer, run.variables, mode, sparse=(0,))
         reference.apply(step)
         assert_agree(run.step(step), reference.weights)
     slots = reference.slots[0]

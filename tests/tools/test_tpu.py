@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAZY = ("Lazy decay", "Lazy freeze", "Lookahead(Lazy decay)")
 
 

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import shutil
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,10 +11,6 @@ import pytest
 
 for module in ("matplotlib", "rich", "PIL", "sklearn"):
     pytest.importorskip(module)
-
-# The experiments are run from the root of the repository and are not installed.
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
@@ -59,7 +53,8 @@ def squared(data, settings, name):
 
 
 def run_squares(folder, *seeds, **settings):
-    data = Data("numbers", *[np.zeros(3)] * 4, epochs=1)
+    part = np.zeros(3)
+    data = Data("numbers", part, part, part, part, epochs=1)
     runs = {f"seed{seed}": {"seed": seed, **settings} for seed in seeds}
     options = Namespace(output=folder, jobs=2)
     return _runs.run_all("squares", runs, lambda: data, squared, options)
@@ -137,7 +132,7 @@ def test_movement_of_rows_is_that_of_single_steps(monkeypatch):
     batches = imdb.Batches(x, y, seed=0)
     for epoch in range(2):
         batches.start(epoch)
-        distances = {True: [], False: []}
+        distances: dict[bool, list[float]] = {True: [], False: []}
         for index in range(7):
             tokens, values = batches[index]
             before = model.get_weights()[0]
