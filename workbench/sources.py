@@ -1,4 +1,4 @@
-"""Where an example's data come from: a file, Keras's own data sets, or neither."""
+"""Where data come from: a file, Keras's own data sets, or neither."""
 
 import os
 import socket
@@ -42,6 +42,15 @@ class Data:
     y_test: np.ndarray
     epochs: int
 
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What a file of results says of them."""
+        return {
+            "source": self.source,
+            "train_samples": len(self.x_train),
+            "test_samples": len(self.x_test),
+        }
+
     def __str__(self) -> str:
         return f"{self.source}, {len(self.x_train):,} + {len(self.x_test):,} samples"
 
@@ -50,8 +59,8 @@ def choose(
     wanted: str,
     from_keras: Callable[[], Data],
     from_path: Callable[[Path], Data],
-    embedded_name: str,
     embedded: Callable[[], Data],
+    embedded_name: str,
 ) -> Data:
     """Load what `--data` names and say in one line what was taken."""
     if wanted == "keras":
