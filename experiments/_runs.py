@@ -84,19 +84,10 @@ def add_full_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def changed(
-    scale: AnyScale,
-    epochs: int | None = None,
-    train_samples: int | None = None,
-    test_samples: int | None = None,
-) -> AnyScale:
+def changed(scale: AnyScale, **numbers: int | None) -> AnyScale:
     """Change those numbers of a scale that are given."""
-    given = {
-        "epochs": epochs,
-        "train_samples": train_samples,
-        "test_samples": test_samples,
-    }
-    return dataclasses.replace(scale, **{k: n for k, n in given.items() if n})
+    given = {name: number for name, number in numbers.items() if number}
+    return dataclasses.replace(scale, **given)
 
 
 def run_all(

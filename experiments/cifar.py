@@ -27,7 +27,7 @@ from experiments._runs import (
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
-from workbench import cifar as images
+from workbench import cifar as pictures
 from workbench.comparison import epochs_of
 from workbench.sources import Data
 
@@ -119,7 +119,7 @@ def build_model(shape: Sequence[int], scale: ImageScale) -> keras.Model:
                 x = _convolve_and_normalize(x, filters, 1, stride)
             x = layers.ReLU()(layers.add([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, layers.Dense(images.CLASSES)(x))
+    return keras.Model(images, layers.Dense(pictures.CLASSES)(x))
 
 
 def _convolve_and_normalize(x: Any, filters: int, side: int, stride: int = 1) -> Any:
@@ -365,8 +365,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, seeds=[0, 1], data="keras, or a path of an .npz of JPEGs")
     add_full_option(parser)
     options = parser.parse_args(arguments)
-    limits = options.train_samples, options.test_samples
-    scale = changed(FULL if options.full else SMALL, options.epochs, *limits)
+    scale = changed(
+        FULL if options.full else SMALL,
+        epochs=options.epochs,
+        train_samples=options.train_samples,
+        test_samples=options.test_samples,
+    )
     name_runs, measure = EXPERIMENTS[options.experiment]
     runs: Mapping[str, Settings] = {
         name: settings
@@ -375,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
 
     def load() -> Data:
-        return images.load(options.data, scale.train_samples, scale.test_samples)
+        return pictures.load(options.data, scale.train_samples, scale.test_samples)
 
     return run_all("cifar", runs, load, measure, options.output, options.jobs)
 

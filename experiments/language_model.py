@@ -250,8 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, seeds=[1, 2], data="keras, or a path of an imdb.npz")
     add_full_option(parser)
     options = parser.parse_args(arguments)
-    limits = options.train_samples, options.test_samples
-    scale = changed(FULL if options.full else SMALL, options.epochs, *limits)
+    scale = changed(
+        FULL if options.full else SMALL,
+        epochs=options.epochs,
+        train_samples=options.train_samples,
+        test_samples=options.test_samples,
+    )
     runs: Mapping[str, Settings]
     try:
         if options.experiment == "tune":

@@ -31,13 +31,7 @@ SOURCES = (
 
 def load(source: str, train: int | None = None, test: int | None = None) -> Data:
     """Load one of `SOURCES`, at most so many pictures of each part."""
-    return choose(
-        source,
-        lambda: from_keras(train, test),
-        lambda path: from_path(path, train, test),
-        lambda: digits(train, test),
-        "digits",
-    )
+    return choose(source, (train, test), from_keras, from_path, "digits", digits)
 
 
 def from_keras(train: int | None = None, test: int | None = None) -> Data:

@@ -25,13 +25,7 @@ SOURCES = (
 
 def load(source: str, train: int | None = None, test: int | None = None) -> Data:
     """Load one of `SOURCES`, at most so many reviews of each part."""
-    return choose(
-        source,
-        lambda: from_keras(train, test),
-        lambda path: from_path(path, train, test),
-        lambda: synthetic(train, test),
-        "synthetic",
-    )
+    return choose(source, (train, test), from_keras, from_path, "synthetic", synthetic)
 
 
 def from_keras(train: int | None = None, test: int | None = None) -> Data:
