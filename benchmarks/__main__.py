@@ -15,6 +15,7 @@ from benchmarks._measure import Bench, Effort, Figure, Variant
 from benchmarks._peers import NotMeasured
 from benchmarks._report import Line, Point, Report
 from benchmarks._workers import ROOT, Workers
+from workbench.options import add_output
 
 BACKENDS = ("tensorflow", "jax", "torch")
 FULL = Effort(seconds=10, rounds=(7, 200), processes=3, compilations=7)
@@ -66,13 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes: shows only that it works"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="folder for the JSON file and the plots (default: results)",
-    )
+    add_output(parser, "results", "folder for the JSON file and the plots")
     parser.add_argument(
         "--only",
         nargs="+",

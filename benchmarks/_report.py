@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +12,14 @@ from rich.table import Table
 
 from benchmarks._goals import Goal
 from benchmarks._measure import Figure, Variant, summary
+from workbench.plots import BLACK, BLUE, ORANGE, SKY, Curve
+from workbench.record import machine, write_json
 
-# Apart in hue and in lightness, so also for colour-blind readers and in grey.
-COLORS = {
-    "Adam": "#222222",
-    "Lazy decay": "#0072b2",
-    "Lazy freeze": "#56b4e9",
-    "LazyAdam": "#e08a00",
+CURVES = {
+    "Adam": Curve("Keras Adam", BLACK),
+    "Lazy decay": Curve('LazyOptimizer(Adam, "decay")', BLUE),
+    "Lazy freeze": Curve('LazyOptimizer(Adam, "freeze")', SKY),
+    "LazyAdam": Curve("tfa LazyAdam", ORANGE),
 }
 
 
@@ -91,9 +87,7 @@ class Report:
             ],
             "peak_memory": [summary(v, peak) for v, peak in self._peaks.items()],
         }
-        text = json.dumps(content, indent=2, allow_nan=False)
-        path = self._folder / "benchmarks.json"
-        path.write_text(text + "\n", encoding="utf-8")
+        write_json(self._folder / "benchmarks.json", content)
 
     def draw(self) -> None:
         """Draw the plots."""
@@ -130,22 +124,6 @@ class Report:
                 "\n".join(peers),
             )
         return result
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "memory_bytes": memory,
-        "python": platform.python_version(),
-        "numpy": importlib.metadata.version("numpy"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-    }
 
 
 def _text(measured: Figure | str) -> str:
@@ -186,7 +164,7 @@ def _json(measured: Figure | str) -> dict[str, Any]:
 def draw_step_times(path: Path, points: Sequence[Point]) -> None:
     """Draw step time against vocabulary, both on logarithmic axes."""
     # A bare Figure draws with Agg and needs neither pyplot nor a display.
-    canvas = Canvas(figsize=(7, 4.5), layout="constrained")
+    canvas = Canvas(figsize=(7, 4.5))
     axes = canvas.subplots()
     curves: dict[str, list[tuple[int, Figure]]] = {}
     for point in points:
@@ -199,8 +177,8 @@ def draw_step_times(path: Path, points: Sequence[Point]) -> None:
         axes.plot(
             [size for size, _ in curve],
             [measured.value for _, measured in curve],
-            color=COLORS[optimizer],
-            label=_label(optimizer),
+            color=CURVES[optimizer].color,
+            label=CURVES[optimizer].label,
             linewidth=2,
             marker="o",
             markersize=5,
@@ -209,7 +187,7 @@ def draw_step_times(path: Path, points: Sequence[Point]) -> None:
             [size for size, _ in curve],
             [measured.quartiles[0] for _, measured in curve],
             [measured.quartiles[1] for _, measured in curve],
-            color=COLORS[optimizer],
+            color=CURVES[optimizer].color,
             alpha=0.2,
             linewidth=0,
         )
@@ -221,30 +199,20 @@ def draw_step_times(path: Path, points: Sequence[Point]) -> None:
         ylabel="optimizer step (ms)",
         title=f"{rows} lookups a step, width {points[0].variant.problem.width}, CPU",
     )
-    axes.legend(frameon=False)
-    _tidy(axes)
+    axes.legend()
     canvas.savefig(path, dpi=150)
-
-
-def _label(optimizer: str) -> str:
-    return {
-        "Adam": "Keras Adam",
-        "Lazy decay": 'LazyOptimizer(Adam, "decay")',
-        "Lazy freeze": 'LazyOptimizer(Adam, "freeze")',
-        "LazyAdam": "tfa LazyAdam",
-    }.get(optimizer, optimizer)
 
 
 def draw_memory(path: Path, peaks: dict[Variant, Figure]) -> None:
     """Draw each variant's peak memory, in copies of the weights."""
     variants = sorted(peaks, key=lambda v: (v.problem.vocabulary, v.worker, v.mode))
-    canvas = Canvas(figsize=(8, 1 + 0.25 * len(variants)), layout="constrained")
+    canvas = Canvas(figsize=(8, 1 + 0.25 * len(variants)))
     axes = canvas.subplots()
     # By number: two problems may have bars of the same name.
     axes.barh(
         range(len(variants)),
         [peaks[v].value / (4 * v.problem.weights) for v in variants],
-        color=["#e08a00" if _is_wrapper(v.optimizer) else "#0072b2" for v in variants],
+        color=[ORANGE if _is_wrapper(v.optimizer) else BLUE for v in variants],
     )
     axes.set_yticks(range(len(variants)), [_bar_label(v) for v in variants])
     axes.set_ylim(len(variants) - 0.5, -0.5)
@@ -252,7 +220,6 @@ def draw_memory(path: Path, peaks: dict[Variant, Figure]) -> None:
         "peak memory of weights, gradients, slots and steps (copies of the weights)",
         fontsize=10,
     )
-    _tidy(axes)
     canvas.savefig(path, dpi=150)
 
 
@@ -266,9 +233,3 @@ def _bar_label(variant: Variant) -> str:
 
 def _is_wrapper(optimizer: str) -> bool:
     return "ookahead" in optimizer or "Lazy" in optimizer
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 # Keras's own arrays live on the CPU; libtpu is asked for nothing but to compile.
@@ -33,10 +31,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._report import machine
 from benchmarks.workers import _fit
 from benchmarks.workers._optimizers import OPTIMIZERS
 from benchmarks.workers._problem import Problem
+from workbench.options import add_output
+from workbench.record import environment, write_json
 
 # Rows of the table that is really made: a number that no other dimension has.
 STAND_IN = 997
@@ -138,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with console.status(str(program)):
             compiled = compile_step(program)
         done.append(compiled)
-        table = options.output / "tpu.json"
-        table.write_text(json.dumps(report(done, options.smoke), indent=2) + "\n")
+        write_json(options.output / "tpu.json", report(done, options.smoke))
         if options.hlo:
             name = re.sub(r"\W+", "-", str(program))
             (options.output / f"{name}.hlo").write_text(compiled.text)
@@ -155,13 +153,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--hlo", action="store_true", help="write the compiled programs, too"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="folder for tpu.json (default: results)",
-    )
+    add_output(parser, "results", "folder for tpu.json")
     return parser.parse_args(arguments)
 
 
@@ -199,12 +191,15 @@ def compile_step(program: Program) -> Compiled:
     layout = jax.tree.map(lambda array: array.sharding, state)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, layout))
     compiled = step.lower(state, data).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    text = compiled.as_text()
+    if memory is None or cost is None or text is None:
+        raise RuntimeError("this compiler does not tell what a program needs")
     return Compiled(
         program,
         state=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        accessed=compiled.cost_analysis()["bytes accessed"],
+        accessed=cost["bytes accessed"],
         collectives=find_collectives(text, program.vocabulary // program.chips),
         text=text,
     )
@@ -278,8 +273,7 @@ def report(done: list[Compiled], smoke: bool) -> dict[str, Any]:
     return {
         "what": "the TPU compiler's word; nothing was run",
         "command": ["python", "-m", "benchmarks.tpu", *["--smoke"] * smoke],
-        "machine": machine(),
-        "versions": {"jax": jax.__version__, "keras": keras.__version__},
+        "environment": environment(),
         "programs": [
             {
                 **dataclasses.asdict(each.program),

@@ -2,13 +2,10 @@
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import multiprocessing
 import os
-import platform
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +18,9 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from examples._compare import positive_int, seed_number
-from examples._data import Data, DataError, one_line
-from examples._report import environment, without_nan
+from workbench.options import add_trainings, positive_int, refuse
+from workbench.record import environment, write_json
+from workbench.sources import Data, DataError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,22 +57,6 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
     add = parser.add_argument
     add("--data", required=True, type=data_source, metavar="SOURCE", help=data)
     add(
-        "--seeds",
-        nargs="+",
-        type=seed_number,
-        default=seeds,
-        metavar="SEED",
-        help="run everything once from each (default: %(default)s)",
-    )
-    add("--epochs", type=positive_int, metavar="N", help="instead of the scale's")
-    for part in ("train", "test"):
-        add(
-            f"--{part}-samples",
-            type=positive_int,
-            metavar="N",
-            help=f"{part} on at most so many, instead of the scale's",
-        )
-    add(
         "--jobs",
         type=positive_int,
         default=1,
@@ -83,14 +64,8 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
         help="runs at a time, which share the cores; on a GPU, one "
         "(default: %(default)s)",
     )
-    add(
-        "--output",
-        type=Path,
-        default=Path("results") / parser.prog,
-        metavar="FOLDER",
-        help="where the runs' files go; runs that are there already are left out "
-        "(default: %(default)s)",
-    )
+    output = "where the runs' files go; runs that are there already are left out"
+    add_trainings(parser, seeds, output)
 
 
 def data_source(text: str) -> str:
@@ -109,16 +84,10 @@ def add_full_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_scale(
-    options: argparse.Namespace, small: AnyScale, full: AnyScale
-) -> AnyScale:
-    """Take the scale that was asked for, changed by the options that change one."""
-    limits = ("epochs", "train_samples", "test_samples")
-    given = {name: getattr(options, name) for name in limits if getattr(options, name)}
-    scale = dataclasses.replace(full if options.full else small, **given)
-    for name in limits:  # for `load_data`, which reads the options
-        setattr(options, name, getattr(scale, name))
-    return scale
+def changed(scale: AnyScale, **numbers: int | None) -> AnyScale:
+    """Change those numbers of a scale that are given."""
+    given = {name: number for name, number in numbers.items() if number}
+    return dataclasses.replace(scale, **given)
 
 
 def run_all(
@@ -126,9 +95,10 @@ def run_all(
     runs: Mapping[str, Settings],
     load_data: Callable[[], Data],
     measure: Measure,
-    options: argparse.Namespace,
+    output: Path,
+    jobs: int = 1,
 ) -> int:
-    """Make those of the runs that `options.output` lacks; return the exit status.
+    """Make those of the runs that a folder lacks; return the exit status.
 
     Parameters
     ----------
@@ -141,25 +111,28 @@ def run_all(
     measure : callable
         Makes one run of the data, its settings and its name; a function that a new
         process can import.
+    output : Path
+        The folder of the runs' files.
+    jobs : int
+        Runs at a time.
     """
     try:
-        there = [name for name in runs if _is_there(options.output, name, runs[name])]
+        there = [name for name in runs if _is_there(output, name, runs[name])]
         for name in there:
             print(f"{name}: there already")
         missing = [name for name in runs if name not in there]
         data = load_data() if missing else None
-        options.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except (DataError, OSError) as error:
-        print(f"{experiment}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return refuse(experiment, error)
     failed = 0
     # A thread a run, which waits for the run's process: what one run leaves in memory
     # or breaks is then nothing to the next one.
-    threads = ThreadPoolExecutor(options.jobs)
-    with _cores_divided_by(options.jobs):
+    threads = ThreadPoolExecutor(jobs)
+    with _cores_divided_by(jobs):
         futures = {}
         for name in missing:
-            run = (experiment, measure, data, name, runs[name], options.output)
+            run = (experiment, measure, data, name, runs[name], output)
             futures[threads.submit(_in_new_process, _make_run, *run)] = name
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -252,33 +225,13 @@ def _make_run(
         "experiment": experiment,
         "name": name,
         "settings": settings,
-        "data": {
-            "source": data.source,
-            "train_samples": len(data.x_train),
-            "test_samples": len(data.x_test),
-        },
-        "environment": {**environment(), **_machine()},
+        "data": data.about,
+        "environment": environment(),
         "seconds": seconds,
         "results": measured,
     }
-    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
-    unfinished = folder / f"{name}.part"
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.rename(folder / f"{name}.json")
+    write_json(folder / f"{name}.json", record)
     return seconds
-
-
-def _machine() -> dict[str, Any]:
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":", 1)[1] for line in lines if "model name" in line]
-        processor = models[0].strip() if models else processor
-    return {
-        "processor": processor,
-        "device": str(keras.ops.zeros(()).device),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
 
 
 @contextmanager

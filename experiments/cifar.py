@@ -16,20 +16,20 @@ import keras
 import numpy as np
 from keras import layers
 
-from examples._data import Data
-from examples.cifar_lookahead import __main__ as example
-from examples.cifar_lookahead.data import CLASSES
 from experiments._runs import (
     Progress,
     Scale,
     Settings,
     add_full_option,
     add_options,
-    chosen_scale,
+    changed,
     copy_of,
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
+from workbench import cifar as pictures
+from workbench.comparison import epochs_of
+from workbench.sources import Data
 
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # where the other one is varied
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -119,7 +119,7 @@ def build_model(shape: Sequence[int], scale: ImageScale) -> keras.Model:
                 x = _convolve_and_normalize(x, filters, 1, stride)
             x = layers.ReLU()(layers.add([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, layers.Dense(CLASSES)(x))
+    return keras.Model(images, layers.Dense(pictures.CLASSES)(x))
 
 
 def _convolve_and_normalize(x: Any, filters: int, side: int, stride: int = 1) -> Any:
@@ -173,7 +173,7 @@ def measure_training(data: Data, settings: Settings, name: str) -> dict[str, Any
         validation_batch_size=500,
         callbacks=[*slow, Progress(name)],
         verbose=0,
-    ).history
+    )
 
     def evaluate(x: np.ndarray, y: np.ndarray, callbacks: list) -> dict[str, float]:
         return model.evaluate(
@@ -184,10 +184,7 @@ def measure_training(data: Data, settings: Settings, name: str) -> dict[str, Any
         "train": evaluate(data.x_train, data.y_train, slow),
         "test": evaluate(data.x_test, data.y_test, slow),
         "test_fast_weights": evaluate(data.x_test, data.y_test, []),
-        "epochs": [
-            {"epoch": epoch + 1, **{key: history[key][epoch] for key in history}}
-            for epoch in range(scale.epochs)
-        ],
+        "epochs": epochs_of(history),
     }
 
 
@@ -368,14 +365,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, seeds=[0, 1], data="keras, or a path of an .npz of JPEGs")
     add_full_option(parser)
     options = parser.parse_args(arguments)
-    scale = chosen_scale(options, SMALL, FULL)
+    scale = changed(
+        FULL if options.full else SMALL,
+        epochs=options.epochs,
+        train_samples=options.train_samples,
+        test_samples=options.test_samples,
+    )
     name_runs, measure = EXPERIMENTS[options.experiment]
     runs: Mapping[str, Settings] = {
         name: settings
         for seed in options.seeds
         for name, settings in name_runs(scale, seed).items()
     }
-    return run_all("cifar", runs, lambda: example.load_data(options), measure, options)
+
+    def load() -> Data:
+        return pictures.load(options.data, scale.train_samples, scale.test_samples)
+
+    return run_all("cifar", runs, load, measure, options.output, options.jobs)
 
 
 if __name__ == "__main__":

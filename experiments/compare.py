@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             verdict = difference(record["results"], before["results"])
             others = [
-                f"{key} {value}, was {before['environment'].get(key)}"
-                for key, value in record["environment"].items()
-                if key != "date" and value != before["environment"].get(key)
+                f"{key} {record['environment'].get(key)}, was {value}"
+                for key, value in before["environment"].items()
+                if key != "date" and value != record["environment"].get(key)
             ]
             verdict += f" ({'; '.join(others)})" if verdict and others else ""
         differing += bool(verdict)

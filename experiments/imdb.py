@@ -7,18 +7,19 @@ explains the difference.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from examples._compare import EpochTimer, add_optimizers_option
-from examples._data import Data
-from examples.imdb_lazy import __main__ as example
+from examples import imdb_lazy
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
+from workbench import imdb as reviews
+from workbench.comparison import EpochTimer, epochs_of
+from workbench.options import add_optimizers
+from workbench.sources import Data
 
-OPTIMIZERS = tuple(example.CURVES)
 EPOCHS, BATCH_SIZE = 8, 32
 # A step in so many is measured; coprime with k, so that syncs are seen as often as
 # other steps.
@@ -99,48 +100,43 @@ class RowMovement(keras.callbacks.Callback):
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return what each epoch measured."""
-    model = example.build_model(data)
+    model = imdb_lazy.build_model(tokens=data.x_train.shape[1])
     model.compile(
-        optimizer=example.build_optimizer(
-            settings["optimizer"],
-            argparse.Namespace(learning_rate=1e-3, k=5, alpha=0.5),
-        ),
+        optimizer=imdb_lazy.build_optimizer(settings["optimizer"]),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
     batches = Batches(data.x_train, data.y_train, settings["seed"])
-    movement, timer = RowMovement(batches), EpochTimer()
+    movement = RowMovement(batches)
     history = model.fit(
         batches,
         epochs=settings["epochs"],
         shuffle=False,  # not the batches, too
         validation_data=(data.x_test, data.y_test),
         validation_batch_size=256,
-        callbacks=[movement, timer, Progress(name)],
+        callbacks=[movement, Progress(name), EpochTimer()],
         verbose=0,
-    ).history
+    )
     return {
-        "best_val_accuracy": max(history["val_accuracy"]),
+        "best_val_accuracy": max(history.history["val_accuracy"]),
         "epochs": [
-            {
-                "epoch": epoch + 1,
-                **{key: values[epoch] for key, values in history.items()},
-                **movement.epochs[epoch],
-                "seconds": seconds,
-            }
-            for epoch, seconds in enumerate(timer.seconds)
+            {**measured, **moved}
+            for measured, moved in zip(epochs_of(history), movement.epochs, strict=True)
         ],
     }
 
 
-def runs(options: argparse.Namespace) -> Mapping[str, Settings]:
-    """Name all runs."""
-    epochs = options.epochs or EPOCHS
-    return {
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    parser = argparse.ArgumentParser("imdb", description=__doc__)
+    add_optimizers(parser, imdb_lazy.CURVES)
+    add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
+    options = parser.parse_args(arguments)
+    runs: dict[str, Settings] = {
         f"{optimizer}-seed{seed}": {
             "optimizer": optimizer,
             "seed": seed,
-            "epochs": epochs,
+            "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
         }
@@ -148,16 +144,10 @@ def runs(options: argparse.Namespace) -> Mapping[str, Settings]:
         for optimizer in options.optimizers
     }
 
+    def load() -> Data:
+        return reviews.load(options.data, options.train_samples, options.test_samples)
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment; return the exit status."""
-    parser = argparse.ArgumentParser("imdb", description=__doc__)
-    add_optimizers_option(parser, list(OPTIMIZERS))
-    add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
-    options = parser.parse_args(arguments)
-    return run_all(
-        "imdb", runs(options), lambda: example.load_data(options), measure, options
-    )
+    return run_all("imdb", runs, load, measure, options.output, options.jobs)
 
 
 if __name__ == "__main__":

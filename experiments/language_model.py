@@ -18,10 +18,6 @@ import keras
 import numpy as np
 from keras import layers
 
-from examples._compare import add_optimizers_option
-from examples._data import Data, DataError
-from examples.imdb_lazy import __main__ as example
-from examples.imdb_lazy.data import UNKNOWN
 from experiments._runs import (
     Progress,
     Record,
@@ -29,11 +25,14 @@ from experiments._runs import (
     Settings,
     add_full_option,
     add_options,
-    chosen_scale,
+    changed,
     read,
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
+from workbench import imdb as reviews
+from workbench.options import add_optimizers
+from workbench.sources import Data, DataError
 
 K, ALPHA = 5, 0.5
 LEARNING_RATES = {
@@ -81,13 +80,15 @@ FULL = TextScale(
 )
 
 
-def load_data(options: argparse.Namespace, words: int) -> Data:
+def load_data(
+    source: str, words: int, train: int | None = None, test: int | None = None
+) -> Data:
     """Load the last 80 words of reviews that have so many; rarer words are one."""
-    data = example.load_data(options)
+    data = reviews.load(source, train, test)
 
-    def sequences(reviews: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        whole = reviews[reviews[:, 0] != 0]
-        known = np.where(whole < words, whole, UNKNOWN)
+    def sequences(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = texts[texts[:, 0] != 0]
+        known = np.where(whole < words, whole, reviews.UNKNOWN)
         return known[:, :-1], known[:, 1:]
 
     x_train, y_train = sequences(data.x_train)
@@ -245,11 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one half of the experiment; return the exit status."""
     parser = argparse.ArgumentParser("language_model", description=__doc__)
     parser.add_argument("experiment", choices=("tune", "compare"))
-    add_optimizers_option(parser, list(OPTIMIZERS))
+    add_optimizers(parser, OPTIMIZERS)
     add_options(parser, seeds=[1, 2], data="keras, or a path of an imdb.npz")
     add_full_option(parser)
     options = parser.parse_args(arguments)
-    scale = chosen_scale(options, SMALL, FULL)
+    scale = changed(
+        FULL if options.full else SMALL,
+        epochs=options.epochs,
+        train_samples=options.train_samples,
+        test_samples=options.test_samples,
+    )
     runs: Mapping[str, Settings]
     try:
         if options.experiment == "tune":
@@ -259,13 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs = comparison(scale, options.optimizers, options.seeds, records)
     except DataError as error:
         parser.error(str(error))
-    return run_all(
-        "language_model",
-        runs,
-        lambda: load_data(options, scale.words),
-        measure,
-        options,
-    )
+
+    def load() -> Data:
+        limits = scale.train_samples, scale.test_samples
+        return load_data(options.data, scale.words, *limits)
+
+    return run_all("language_model", runs, load, measure, options.output, options.jobs)
 
 
 if __name__ == "__main__":

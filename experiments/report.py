@@ -16,19 +16,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples._report import (
-    BLACK,
-    BLUE,
-    ORANGE,
-    Curve,
-    Run,
-    draw_measure,
-    legend,
-    style,
-)
-from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
+from examples.imdb_lazy import CURVES as IMDB_CURVES
 from experiments import cifar, language_model
 from experiments._runs import RESULTS, Record, read
+from workbench.plots import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    Curve,
+    Epochs,
+    draw_measure,
+    legend,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
@@ -80,7 +80,7 @@ def imdb_table(records: Sequence[Record]) -> Table:
         above = [
             100 * (accuracy[seed] - adam[seed]) for seed in accuracy if seed in adam
         ]
-        runs = [record["results"]["epochs"] for record in group]
+        runs = _epochs(group)
         ends = [epochs[-1] for epochs in runs]
         movement = [
             statistics.mean(epoch[measure] for epochs in runs for epoch in epochs)
@@ -128,30 +128,29 @@ def imdb_short_table(records: Sequence[Record]) -> Table:
 
 def draw_imdb(records: Sequence[Record]) -> Figure:
     """Accuracy, losses and the movement of rows over the epochs."""
-    runs = [
-        Run(record["settings"]["optimizer"], record["settings"]["seed"], epochs)
-        for group in _group(records, "optimizer", IMDB_CURVES).values()
-        for record in group
-        for epochs in [record["results"]["epochs"]]
-    ]
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    runs = {
+        optimizer: _epochs(group)
+        for optimizer, group in _group(records, "optimizer", IMDB_CURVES).items()
+    }
+    figure = Figure(figsize=(11, 8))
     (accuracy, train_loss), (against, moved) = figure.subplots(2, 2)
     draw_measure(accuracy, "val_accuracy", "validation accuracy", runs, IMDB_CURVES)
     draw_measure(train_loss, "loss", "train loss", runs, IMDB_CURVES)
     label = "distance a row not sampled moves in a step"
     draw_measure(moved, "moved_if_not_sampled", label, runs, IMDB_CURVES)
-    for run in runs:
-        curve = IMDB_CURVES[run.optimizer]
-        against.plot(
-            [epoch["loss"] for epoch in run.epochs],
-            [epoch["val_accuracy"] for epoch in run.epochs],
-            "--" if curve.dashed else "-",
-            color=curve.color,
-            marker="o",
-            markersize=3,
-            linewidth=0.7,
-        )
-    style(against, "train loss", "validation accuracy")
+    for optimizer, seeds in runs.items():
+        curve = IMDB_CURVES[optimizer]
+        for epochs in seeds:
+            against.plot(
+                [epoch["loss"] for epoch in epochs],
+                [epoch["val_accuracy"] for epoch in epochs],
+                curve.line,
+                color=curve.color,
+                marker="o",
+                markersize=3,
+                linewidth=0.7,
+            )
+    against.set(xlabel="train loss", ylabel="validation accuracy")
     against.invert_xaxis()
     legend(figure, accuracy)
     return figure
@@ -177,7 +176,7 @@ def sweep_table(records: Sequence[Record]) -> Table:
 
 def draw_sweep(records: Sequence[Record]) -> Figure:
     """Final train loss and test accuracy over the learning rate and the momentum."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8))
     for row, (part, measure, label) in zip(
         figure.subplots(2, 2), TRAININGS, strict=True
     ):
@@ -197,9 +196,10 @@ def draw_sweep(records: Sequence[Record]) -> Figure:
             ]
             _plot(row[1], range(len(cifar.MOMENTA)), by_momentum, curve)
         row[0].set_xscale("log")
-        style(row[0], f"learning rate (momentum {cifar.MOMENTUM})", label)
+        row[0].set(xlabel=f"learning rate (momentum {cifar.MOMENTUM})", ylabel=label)
         row[1].set_xticks(range(len(cifar.MOMENTA)), map(str, cifar.MOMENTA))
-        style(row[1], f"momentum (learning rate {cifar.LEARNING_RATE})", label)
+        x_label = f"momentum (learning rate {cifar.LEARNING_RATE})"
+        row[1].set(xlabel=x_label, ylabel=label)
     legend(figure, row[0])
     return figure
 
@@ -240,7 +240,7 @@ def k_alpha_table(records: Sequence[Record]) -> Table:
 
 def draw_k_alpha(records: Sequence[Record]) -> Figure:
     """Final train loss and test accuracy over k, a line an alpha."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5))
     for axes, (part, measure, label) in zip(
         figure.subplots(1, 2), TRAININGS, strict=True
     ):
@@ -251,9 +251,9 @@ def draw_k_alpha(records: Sequence[Record]) -> Figure:
             ]
             _plot(axes, range(len(cifar.KS)), by_k, Curve(f"alpha {alpha:g}", color))
         sgd = _values(_trainings(records, k=None, **NOMINAL), part, measure)
-        axes.axhline(np.mean(sgd), color="#888888", ls=":", label="without Lookahead")
+        axes.axhline(np.mean(sgd), color=GREY, ls=":", label="without Lookahead")
         axes.set_xticks(range(len(cifar.KS)), map(str, cifar.KS))
-        style(axes, "k", label)
+        axes.set(xlabel="k", ylabel=label)
     legend(figure, axes)
     return figure
 
@@ -309,7 +309,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def draw_updates(records: Sequence[Record]) -> Figure:
     """Test accuracy over the first sixty updates of a window, and over a cycle."""
     windows = _windows(records)
-    figure = Figure(figsize=(11, 3.4 * len(windows)), layout="constrained")
+    figure = Figure(figsize=(11, 3.4 * len(windows)))
     rows = figure.subplots(len(windows), 2, squeeze=False, width_ratios=(2, 1))
     for (trace, cycle), (window, group) in zip(rows, windows.items(), strict=True):
         percents = [
@@ -324,12 +324,12 @@ def draw_updates(records: Sequence[Record]) -> Figure:
             trace.plot(updates[-1], values[-1], "o", color=BLUE, markersize=5)
         epoch, rate = window
         x_label = f"updates after epoch {epoch}, learning rate {rate:.2g}"
-        style(trace, x_label, "test accuracy, %")
+        trace.set(xlabel=x_label, ylabel="test accuracy, %")
         all_cycles = np.concatenate(percents)
         since_sync = (all_cycles - all_cycles[:, :1]).T[1:]
         means, margins = np.array([interval(values) for values in since_sync]).T
         places = np.arange(1, k + 2)
-        cycle.axhline(0, color="#888888", ls=":")
+        cycle.axhline(0, color=GREY, ls=":")
         for chosen, color, label in (
             (slice(k), ORANGE, "a fast update"),
             (slice(k, None), BLUE, "a sync"),
@@ -344,7 +344,7 @@ def draw_updates(records: Sequence[Record]) -> Figure:
                 capsize=3,
             )
         cycle.set_xticks(places, [*map(str, places[:-1]), "sync"])
-        style(cycle, "fast updates since the last sync", "points since it")
+        cycle.set(xlabel="fast updates since the last sync", ylabel="points since it")
     legend(figure, cycle)
     return figure
 
@@ -389,10 +389,10 @@ def language_model_table(records: Sequence[Record]) -> Table:
 
 def draw_language_model(records: Sequence[Record]) -> Figure:
     """Validation perplexity over the learning rate, and over epochs when tuned."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5))
     adam, sgd, epochs = figure.subplots(1, 3)
     seed = language_model.TUNING_SEED
-    runs = []
+    runs = {}
     for optimizer, group in _group(records, "optimizer", LANGUAGE_CURVES).items():
         curve = LANGUAGE_CURVES[optimizer]
         rate = language_model.tuned_rate(records, optimizer)
@@ -407,14 +407,14 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
         finite = [[np.nan if p is None else p] for p in perplexities]
         _plot(axes, rates, finite, curve)
         axes.set_xscale("log")
-        runs += [
-            Run(optimizer, record["settings"]["seed"], record["results"]["epochs"])
+        runs[optimizer] = _epochs(
+            record
             for record in group
             if record["settings"]["learning_rate"] == rate
             and record["settings"]["seed"] != seed
-        ]
+        )
     for axes in (adam, sgd):
-        style(axes, "learning rate", "validation perplexity")
+        axes.set(xlabel="learning rate", ylabel="validation perplexity")
     label = "validation perplexity, tuned"
     draw_measure(epochs, "validation_perplexity", label, runs, LANGUAGE_CURVES)
     legend(figure, epochs)
@@ -505,6 +505,10 @@ def _windows(records: Iterable[Record]) -> dict[tuple[int, float], list[Record]]
     return dict(sorted(groups.items()))
 
 
+def _epochs(records: Iterable[Record]) -> list[Epochs]:
+    return [record["results"]["epochs"] for record in records]
+
+
 def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
     return {
         record["settings"]["seed"]: record["results"][measure] for record in records
@@ -535,7 +539,7 @@ def _plot(
     axes.plot(
         x,
         [float(np.mean(values)) if values else np.nan for values in seeds],
-        "--" if curve.dashed else "-",
+        curve.line,
         color=curve.color,
         label=curve.label,
         linewidth=2,

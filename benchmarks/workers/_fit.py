@@ -66,7 +66,7 @@ class Fit(_serve.Case):
     ) -> None:
         self.temporary = temporary
         self._model = model
-        self._callback = keras.callbacks.Callback
+        self._callback = keras.callbacks.LambdaCallback
         self._data = data(problem)
         self._batch = problem.rows // LENGTH
         self._start = 0
@@ -76,15 +76,14 @@ class Fit(_serve.Case):
         """Seconds a step, the mean of some."""
         times = []
 
-        class Clock(self._callback):  # type: ignore[misc, name-defined]
-            async_safe = True  # Keras waits for each step's loss otherwise.
+        def note_time(batch: int, logs: Any) -> None:
+            if batch in (WARM_UP - 1, WARM_UP + steps - 1):
+                float(logs["loss"])  # The step has ended when it is known.
+                times.append(time.perf_counter())
 
-            def on_train_batch_end(self, batch: int, logs: Any) -> None:
-                if batch in (WARM_UP - 1, WARM_UP + steps - 1):
-                    float(logs["loss"])  # The step has ended when it is known.
-                    times.append(time.perf_counter())
-
-        self._fit(steps, Clock())
+        # Unless it is safe, Keras waits for each step's loss.
+        clock = self._callback(on_train_batch_end=note_time, async_safe=True)
+        self._fit(steps, clock)
         return [(max(times) - min(times)) / steps]
 
     def peak(self) -> int:
@@ -94,14 +93,13 @@ class Fit(_serve.Case):
         """
         steps, peaks = 5, []
 
-        class Watch(self._callback):  # type: ignore[misc, name-defined]
-            def on_train_batch_end(self, batch: int, logs: Any) -> None:
-                if batch == WARM_UP - 1:
-                    _serve.forget_peak()
-                elif batch == WARM_UP + steps - 1:
-                    peaks.append(_serve.latest_peak())
+        def note_peak(batch: int, logs: Any) -> None:
+            if batch == WARM_UP - 1:
+                _serve.forget_peak()
+            elif batch == WARM_UP + steps - 1:
+                peaks.append(_serve.latest_peak())
 
-        self._fit(steps, Watch())
+        self._fit(steps, self._callback(on_train_batch_end=note_peak))
         arrays = [*self._model.trainable_variables, *self._states]
         # Weights and slots are of 4 bytes, whatever they hold.
         return peaks[0] - 4 * sum(math.prod(array.shape) for array in arrays)

@@ -1,6 +1,5 @@
 """The examples' data, command lines and errors; their trainings: test_examples.py."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,14 +18,15 @@ for module in ("matplotlib", "rich", "PIL", "sklearn"):
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
-from examples import _data, _report  # noqa: E402
-from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
-from examples.cifar_lookahead import data as cifar_data  # noqa: E402
-from examples.imdb_lazy import __main__ as imdb  # noqa: E402
-from examples.imdb_lazy import data as imdb_data  # noqa: E402
+from examples import cifar_lookahead as cifar  # noqa: E402
+from examples import imdb_lazy as imdb  # noqa: E402
+from workbench import cifar as cifar_data  # noqa: E402
+from workbench import imdb as imdb_data  # noqa: E402
+from workbench import record, sources  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {"imdb_lazy": imdb, "cifar_lookahead": cifar}
+LOADERS = {"imdb_lazy": imdb_data.load, "cifar_lookahead": cifar_data.load}
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +38,6 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
-def options(source):
-    return argparse.Namespace(data=source, train_samples=None, test_samples=None)
 
 
 def results(folder):
@@ -78,7 +74,7 @@ def test_imdb_limits_take_the_first_of_the_shuffled_reviews(tmp_path):
 def test_cached_imdb_needs_no_network_and_stays(tmp_path, capsys, wanted):
     path = write_imdb(tmp_path / "keras" / "datasets" / "imdb.npz")
     before = path.read_bytes()
-    data = imdb.load_data(options(wanted))
+    data = imdb_data.load(wanted)
     np.testing.assert_array_equal(data.x_train, imdb_data.from_path(path).x_train)
     assert capsys.readouterr().out == "Data: IMDB, 40 + 12 samples, from Keras\n"
     assert path.read_bytes() == before
@@ -140,7 +136,7 @@ def test_synthetic_labels_are_in_the_words_but_not_in_the_common_ones():
     ],
 )
 def test_auto_falls_back_and_says_so(name, took, capsys):
-    EXAMPLES[name].load_data(options("auto"))
+    LOADERS[name]("auto")
     out = capsys.readouterr().out
     assert out.startswith(f"Data: {took}, as Keras's own are not to be had: no answer")
     assert out.count("\n") == 1
@@ -150,7 +146,7 @@ def test_auto_falls_back_on_a_damaged_cached_file(tmp_path, capsys):
     path = tmp_path / "keras" / "datasets" / "imdb.npz"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a download")
-    assert imdb.load_data(options("auto")).source == "synthetic reviews"
+    assert imdb_data.load("auto").source == "synthetic reviews"
     assert "imdb.npz: damaged" in capsys.readouterr().out
     assert path.exists()
 
@@ -279,28 +275,28 @@ def test_a_silent_host_is_given_up(monkeypatch):
         raise urllib.error.URLError("too late")
 
     monkeypatch.setattr(urllib.request, "urlopen", wait)
-    monkeypatch.setattr(_data, "PATIENCE", 0.1)
+    monkeypatch.setattr(sources, "PATIENCE", 0.1)
     try:
-        assert not _data.answers("https://example.org/file")
+        assert not sources.answers("https://example.org/file")
     finally:
         silence_ends.set()
 
 
 def test_a_failing_download_is_a_data_error(monkeypatch):
-    monkeypatch.setattr(_data, "answers", lambda url: True)
+    monkeypatch.setattr(sources, "answers", lambda url: True)
 
     def fail():
         raise Exception("URL fetch failure:\n 404")
 
-    with pytest.raises(_data.DataError, match=r"^URL fetch failure: 404$"):
-        _data.download(fail, "https://example.org/file")
+    with pytest.raises(sources.DataError, match=r"^URL fetch failure: 404$"):
+        sources.download(fail, "https://example.org/file")
 
 
 # Results
 
 
 def test_json_has_null_for_a_loss_that_is_no_number(tmp_path):
-    epoch = {"epoch": 1, "val_accuracy": 0.5, "val_loss": float("nan")}
-    run = _report.Run("adam", 0, [{**epoch, "ms_per_step": 1.0}])
-    _report.write_json(tmp_path / "results.json", {}, [run])
+    runs = [{"epochs": [{"epoch": 1, "val_loss": float("nan")}]}]
+    record.write_json(tmp_path / "results.json", {"runs": runs})
     assert results(tmp_path)["runs"][0]["epochs"][0]["val_loss"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

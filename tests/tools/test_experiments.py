@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from argparse import Namespace
 
 import keras
 import numpy as np
@@ -14,10 +13,6 @@ for module in ("matplotlib", "rich", "PIL", "sklearn"):
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
-from examples._data import Data, DataError  # noqa: E402
-from examples.cifar_lookahead import data as cifar_data  # noqa: E402
-from examples.imdb_lazy import __main__ as imdb_example  # noqa: E402
-from examples.imdb_lazy import data as imdb_data  # noqa: E402
 from experiments import (  # noqa: E402
     _runs,
     cifar,
@@ -26,6 +21,9 @@ from experiments import (  # noqa: E402
     language_model,
     report,
 )
+from workbench import cifar as cifar_data  # noqa: E402
+from workbench import imdb as imdb_data  # noqa: E402
+from workbench.sources import Data, DataError  # noqa: E402
 
 TINY = cifar.ImageScale(
     filters=[4, 8],
@@ -56,8 +54,7 @@ def run_squares(folder, *seeds, **settings):
     part = np.zeros(3)
     data = Data("numbers", part, part, part, part, epochs=1)
     runs = {f"seed{seed}": {"seed": seed, **settings} for seed in seeds}
-    options = Namespace(output=folder, jobs=2)
-    return _runs.run_all("squares", runs, lambda: data, squared, options)
+    return _runs.run_all("squares", runs, lambda: data, squared, folder, jobs=2)
 
 
 def test_runs_are_made_once_and_side_by_side(tmp_path, capsys):
@@ -95,10 +92,9 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
 
 
 def test_options_change_the_scale():
-    options = Namespace(full=False, epochs=3, train_samples=None, test_samples=20)
-    scale = _runs.chosen_scale(options, cifar.SMALL, cifar.FULL)
+    scale = _runs.changed(cifar.SMALL, epochs=3, train_samples=None, test_samples=20)
     assert (scale.epochs, scale.test_samples) == (3, 20)
-    assert scale.train_samples == options.train_samples == cifar.SMALL.train_samples
+    assert scale.train_samples == cifar.SMALL.train_samples
     assert scale.filters == cifar.SMALL.filters
 
 
@@ -300,9 +296,8 @@ def test_cifar_command(tmp_path, monkeypatch):
 
 def test_language_data_are_next_words(tmp_path):
     source = str(write_imdb(tmp_path / "imdb.npz"))
-    options = Namespace(data=source, train_samples=None, test_samples=None)
-    reviews = imdb_example.load_data(options).x_train
-    data = language_model.load_data(options, words=500)
+    reviews = imdb_data.load(source).x_train
+    data = language_model.load_data(source, words=500)
     whole = [review for review in reviews if (review != 0).all()]
     assert len(data.x_train) == len(whole) < len(reviews)
     np.testing.assert_array_equal(data.x_train[:, 1:], data.y_train[:, :-1])

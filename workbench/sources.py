@@ -1,4 +1,4 @@
-"""Where an example's data come from: a file, Keras's own data sets, or neither."""
+"""Where data come from: a file, Keras's own data sets, or neither."""
 
 import os
 import socket
@@ -42,30 +42,47 @@ class Data:
     y_test: np.ndarray
     epochs: int
 
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What a file of results says of them."""
+        return {
+            "source": self.source,
+            "train_samples": len(self.x_train),
+            "test_samples": len(self.x_test),
+        }
+
     def __str__(self) -> str:
         return f"{self.source}, {len(self.x_train):,} + {len(self.x_test):,} samples"
 
 
 def choose(
     wanted: str,
-    from_keras: Callable[[], Data],
-    from_path: Callable[[Path], Data],
+    limits: tuple[int | None, int | None],
+    from_keras: Callable[..., Data],
+    from_path: Callable[..., Data],
     embedded_name: str,
-    embedded: Callable[[], Data],
+    embedded: Callable[..., Data],
 ) -> Data:
-    """Load what `--data` names and say in one line what was taken."""
+    """Load what `--data` names and say in one line what was taken.
+
+    Parameters
+    ----------
+    limits : tuple
+        At most so many samples to train and to test on; all loaders take them.
+    """
     if wanted == "keras":
-        data, origin = from_keras(), "from Keras"
+        data, origin = from_keras(*limits), "from Keras"
     elif wanted == embedded_name:
-        data, origin = embedded(), "as asked"
+        data, origin = embedded(*limits), "as asked"
     elif wanted == "auto":
         try:
-            data, origin = from_keras(), "from Keras"
+            data, origin = from_keras(*limits), "from Keras"
         except DataError as error:
             why = one_line(error)
-            data, origin = embedded(), f"as Keras's own are not to be had: {why}"
+            data = embedded(*limits)
+            origin = f"as Keras's own are not to be had: {why}"
     else:
-        data, origin = from_path(Path(wanted)), f"from {wanted}"
+        data, origin = from_path(Path(wanted), *limits), f"from {wanted}"
     print(f"Data: {data}, {origin}", flush=True)
     return data
 

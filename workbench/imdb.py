@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from examples._data import Data, DataError, cached, download, read_npz
+from workbench.sources import Data, DataError, cached, choose, download, read_npz
 
 NUM_WORDS = 20_000
 TOKENS = 80
@@ -17,6 +17,15 @@ START, UNKNOWN, INDEX_FROM = 1, 2, 3
 SHUFFLE_SEED = 113
 
 URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/imdb.npz"
+SOURCES = (
+    "keras: keras.datasets.imdb; synthetic: made-up reviews; a path: a file as Keras "
+    "caches it (imdb.npz; read with pickle, so only one you trust)"
+)
+
+
+def load(source: str, train: int | None = None, test: int | None = None) -> Data:
+    """Load one of `SOURCES`, at most so many reviews of each part."""
+    return choose(source, (train, test), from_keras, from_path, "synthetic", synthetic)
 
 
 def from_keras(train: int | None = None, test: int | None = None) -> Data:

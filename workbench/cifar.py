@@ -7,7 +7,15 @@ import keras
 import numpy as np
 from PIL import Image
 
-from examples._data import Data, DataError, attempt, cached, download, read_npz
+from workbench.sources import (
+    Data,
+    DataError,
+    attempt,
+    cached,
+    choose,
+    download,
+    read_npz,
+)
 
 EPOCHS = 10
 SIDE = 32
@@ -15,6 +23,15 @@ CLASSES = 10
 SHUFFLE_SEED = 0
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SOURCES = (
+    "keras: keras.datasets.cifar10; digits: scikit-learn's handwritten digits; a path: "
+    "an .npz file of JPEGs (train_jpeg, train_size, train_label and the same for test)"
+)
+
+
+def load(source: str, train: int | None = None, test: int | None = None) -> Data:
+    """Load one of `SOURCES`, at most so many pictures of each part."""
+    return choose(source, (train, test), from_keras, from_path, "digits", digits)
 
 
 def from_keras(train: int | None = None, test: int | None = None) -> Data:

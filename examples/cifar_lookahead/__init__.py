@@ -1,1 +1,0 @@
-"""Small pictures: SGD and Adam with and without Lookahead."""

@@ -1,1 +1,0 @@
-"""Sentiment of film reviews: Adam with and without LazyOptimizer and Lookahead."""

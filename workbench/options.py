@@ -1,0 +1,126 @@
+"""Options that several command lines have, and how these say what is wrong."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from workbench.sources import one_line
+
+
+def add_comparison(
+    parser: argparse.ArgumentParser, optimizers: Iterable[str], batch_size: int
+) -> None:
+    """Add the options of an example that compares optimizers."""
+    add_optimizers(parser, optimizers)
+    add_trainings(parser, [0], "where results.json and curves.png go")
+    add = parser.add_argument
+    for option, kind, default, symbol, whose in (
+        ("--batch-size", positive_int, batch_size, "N", ""),
+        ("--k", positive_int, 5, "N", "Lookahead's "),
+        ("--alpha", fraction, 0.5, "SHARE", "Lookahead's "),
+    ):
+        text = f"{whose}(default: %(default)s)"
+        add(option, type=kind, default=default, metavar=symbol, help=text)
+
+
+def add_data(parser: argparse.ArgumentParser, sources: str) -> None:
+    """Add what chooses the data."""
+    parser.add_argument(
+        "--data",
+        default="auto",
+        metavar="SOURCE",
+        help=f"{sources}; auto: keras where it is cached or can be downloaded, else "
+        "what needs no download (default: %(default)s)",
+    )
+
+
+def add_rate(parser: argparse.ArgumentParser, option: str, default: float) -> None:
+    """Add a learning rate."""
+    add, text = parser.add_argument, "default: %(default)s"
+    add(option, type=positive_float, default=default, metavar="RATE", help=text)
+
+
+def add_trainings(
+    parser: argparse.ArgumentParser, seeds: Sequence[int], output: str
+) -> None:
+    """Add what says how much is trained, and where the results go."""
+    add = parser.add_argument
+    for option, text in (
+        ("--epochs", "instead of the usual number"),
+        ("--train-samples", "train on at most so many"),
+        ("--test-samples", "test on at most so many"),
+    ):
+        add(option, type=positive_int, metavar="N", help=text)
+    add(
+        "--seeds",
+        nargs="+",
+        type=seed_number,
+        default=seeds,
+        metavar="SEED",
+        help="train everything once from each (default: %(default)s)",
+    )
+    add_output(parser, f"results/{parser.prog}", output)
+
+
+def add_optimizers(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add what chooses among the optimizers."""
+    names = list(names)
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"any of {', '.join(names)} (default: all)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, folder: str, text: str) -> None:
+    """Add the folder of the results."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(folder),
+        metavar="FOLDER",
+        help=f"{text} (default: %(default)s)",
+    )
+
+
+def positive_int(text: str) -> int:
+    """Parse an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """Parse a learning rate."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def fraction(text: str) -> float:
+    """Parse a share of one, zero left out."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return number
+
+
+def seed_number(text: str) -> int:
+    """Parse a seed that every backend takes."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
+    return number
+
+
+def refuse(program: str, error: Exception) -> int:
+    """Say in a line why a program does not go on; return its exit status."""
+    print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+    return 2
