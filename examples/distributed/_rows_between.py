@@ -30,7 +30,7 @@ def replicate(
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for table in tables:
-        # Both are what it does itself with a weight that it does not ignore.
+        # What DistributedDataParallel does with the weights that are left to it.
         distributed.broadcast(table.detach(), 0)
         table.register_hook(average)
     return DistributedDataParallel(model)
@@ -40,8 +40,8 @@ def average(gradient: torch.Tensor) -> torch.Tensor:
     """The mean of the ranks' gradients, of which only rows cross the network."""
     rows = gradient.to_sparse(1).coalesce()
     ids, values = rows.indices()[0], rows.values()
-    sizes = gather(torch.tensor([len(ids)], device=ids.device), [1] * ranks())
-    sizes = sizes.tolist()
+    size = torch.tensor([len(ids)], device=ids.device)
+    sizes = gather(size, [1] * ranks()).tolist()
     ids, values = gather(ids, sizes), gather(values, sizes)
     total = torch.sparse_coo_tensor(
         ids[None], values, rows.shape, check_invariants=False
