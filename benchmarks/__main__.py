@@ -122,6 +122,7 @@ def list_names(sizes: Sizes, console: Console) -> None:
 def smoke_sizes(draw: str) -> Sizes:
     """Problems that take no time."""
     return Sizes(
+        huge_table=4000,
         big_table=2000,
         table=1000,
         medium_table=500,

@@ -55,7 +55,9 @@ class Sizes:
     """Sizes of the problems, those of the goals by default.
 
     Attributes:
-        big_table, table, medium_table, small_table: rows of the embedding tables.
+        huge_table, big_table, table, medium_table, small_table: rows of the embedding
+            tables.
+        huge_width: columns of a table that has as many rows as memory allows.
         rows: lookups a step.
         draw: how rows are drawn, see `Problem`.
         matrices, matrix: the dense weights, 21 million.
@@ -64,6 +66,8 @@ class Sizes:
         vocabularies: of the plot.
     """
 
+    huge_table: int = 10**8
+    huge_width: int = 8
     big_table: int = 10**7
     table: int = 10**6
     medium_table: int = 10**5
@@ -102,6 +106,7 @@ def goals(sizes: Sizes) -> list[Goal]:
     """All lines of the table."""
     return [
         *_fit_goals(sizes),
+        *_huge_goals(sizes),
         *_lazy_goals(sizes),
         *_lookahead_goals(sizes),
         *_dense_lazy_goals(sizes),
@@ -234,6 +239,26 @@ def _fit_goals(sizes: Sizes) -> Iterator[Goal]:
                 _step(lazy, dataclasses.replace(lazy, optimizer="torch SparseAdam")),
                 1.5,
             )
+
+
+def _huge_goals(sizes: Sizes) -> Iterator[Goal]:
+    """A table that leaves no room for a gradient of its shape, trained by `fit`."""
+
+    def lazy(place: str, rows: int) -> Variant:
+        problem = dataclasses.replace(
+            sizes.lookups(rows, sparse=False), width=sizes.huge_width
+        )
+        return Variant(*PLACES[place], "Lazy decay", problem, "fit")
+
+    shape = f"{sizes.huge_table:.0e} x {sizes.huge_width}"
+    for place in ("graph", "jax", "torch"):
+        yield Goal(
+            f"fit-huge-{place}",
+            f"fit: Lazy decay, {shape} / {sizes.table:.0e} x {sizes.huge_width}",
+            TITLES[place],
+            _big_step(lazy(place, sizes.huge_table), lazy(place, sizes.table)),
+            2,
+        )
 
 
 def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:

@@ -224,3 +224,31 @@ SETTINGS = {
 def test_settings(settings, make_model, how):
     moments = "freeze" if make_model is tied else "decay"
     train(make_model, how, settings, moments)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a gradient that torch's programs see")
+def test_a_torch_gradient_can_be_sent_by_rows():
+    import torch
+
+    model = one_look_up()
+    model.compile(LazyOptimizer(keras.optimizers.Adam(0.01)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    ids = torch.randint(VOCABULARY, (BATCH, TOKENS))
+    model(ids).sum().backward()
+    gradient = model.get_layer("words").embeddings.value.grad
+    dense = gradient + torch.zeros(VOCABULARY, WIDTH)
+
+    rows = gradient.to_sparse(1)
+    assert sorted(rows._indices()[0].tolist()) == sorted(ids.ravel().tolist())
+    torch.testing.assert_close(rows.to_dense(), dense)
+    rows.mul_(3)
+    torch.testing.assert_close(gradient.to_sparse(1).to_dense(), dense)  # a copy
+
+    received = torch.sparse_coo_tensor([[2, 7, 2]], torch.ones(3, WIDTH), dense.shape)
+    total = gradient.clone().zero_() + received
+    assert total.to_sparse(1)._indices()[0].tolist() == [2, 7, 2]
+    torch.testing.assert_close(total + torch.zeros(1), received.to_dense())
+    both = gradient.clone()
+    both += received
+    assert both.to_sparse(1)._indices().shape == (1, BATCH * TOKENS + 3)
+    torch.testing.assert_close(both + torch.zeros(1), dense + received.to_dense())

@@ -77,7 +77,8 @@ def states(optimizer: keras.Optimizer) -> list[Any]:
     values = []
     inner = optimizer
     while inner is not None:
-        # Not `variables`: LazyOptimizer would work through all rows for that.
+        # Neither `variables` nor the property `inner_optimizer`: LazyOptimizer would
+        # work through all rows for that.
         values += [variable.value for variable in inner._variables]
-        inner = getattr(inner, "inner_optimizer", None)
+        inner = vars(inner).get("inner_optimizer")
     return values

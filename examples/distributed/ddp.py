@@ -8,6 +8,7 @@ import keras
 import torch
 
 from examples.distributed import _task
+from examples.distributed._rows_between import replicate
 
 
 def work(options: _task.Options) -> None:
@@ -15,7 +16,7 @@ def work(options: _task.Options) -> None:
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = _task.model(options)
-    replica = torch.nn.parallel.DistributedDataParallel(model)
+    replica = replicate(model, [model.get_layer("words")])
     weights = model.trainable_variables
     losses = []
     for x, y in zip(*_task.samples(options, model, rank, count), strict=True):

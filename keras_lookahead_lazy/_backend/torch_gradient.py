@@ -103,9 +103,19 @@ class RowGradient(torch.Tensor):
         return repr(self.whole())
 
 
-def _by_rows(function: Any, gradient: Any, *others: Any) -> RowGradient | None:
+def _rows(gradient: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ids and values of a gradient, if it is known by rows."""
+    if isinstance(gradient, RowGradient):
+        return gradient.rows
+    is_sparse = isinstance(gradient, torch.Tensor) and gradient.is_sparse
+    if is_sparse and gradient.sparse_dim() == 1:
+        return gradient._indices()[0], gradient._values()
+    return None
+
+
+def _by_rows(function: Any, gradient: Any, *others: Any) -> torch.Tensor | None:
     """What `function` returns, if that is known by rows."""
-    rows = getattr(gradient, "rows", None)
+    rows = gradient.rows if isinstance(gradient, RowGradient) else None
     if rows is None or len(others) > 1:
         return None
     other = others[0] if others else None
@@ -120,8 +130,14 @@ def _by_rows(function: Any, gradient: Any, *others: Any) -> RowGradient | None:
     if function in _SCALES and not getattr(other, "ndim", 0):
         values = _SCALES[function](values, other)
         return RowGradient(_Contents(ids, values), gradient.shape)
-    more = getattr(other, "rows", None)
+    if function is aten._to_sparse.sparse_dim and other == 1:
+        return torch.sparse_coo_tensor(
+            ids.clone()[None], values.clone(), gradient.shape, check_invariants=False
+        )
+    more = _rows(other)
     if function not in (aten.add.Tensor, aten.add_.Tensor) or more is None:
+        return None
+    if more[1].dtype != values.dtype:
         return None
     ids, values = torch.cat([ids, more[0]]), torch.cat([values, more[1]])
     if function is aten.add.Tensor:

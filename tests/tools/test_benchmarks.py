@@ -21,7 +21,14 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     report = run(tmp_path, "--backends", BACKEND, "--no-peers")
     measured = [g for g in report["goals"] if g["measured"] is not None]
     assert all(math.isfinite(goal["measured"]) for goal in measured)
-    for kind in ("fit-decay", "fit-memory", "lookahead-adam", "memory-lazy", "first-"):
+    for kind in (
+        "fit-decay",
+        "fit-huge",
+        "fit-memory",
+        "lookahead-adam",
+        "memory-lazy",
+        "first-",
+    ):
         assert any(goal["name"].startswith(kind) for goal in measured), kind
     reasons = {g["reason"] for g in report["goals"] if g["measured"] is None}
     left_out = {"tensorflow", "jax", "torch"} - {BACKEND}

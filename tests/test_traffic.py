@@ -1,0 +1,79 @@
+"""What crosses between replicas in a training step is rows, not the table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import BACKEND
+from traffic import LOOK_UPS, VOCABULARY, WIDTH, Crossing
+
+from examples.distributed._task import free_port
+
+ROOT = Path(__file__).parents[1]
+ENGINES = {
+    "tensorflow": ["mirrored", "multi_worker"],
+    "jax": ["data_parallel", "model_parallel_rows", "model_parallel_columns"],
+    "torch": ["ddp"],
+}[BACKEND]
+CLIPPING = ["clipnorm", "clipvalue", "global_clipnorm"]
+# The shortest length that stands for a table, or for a part of one that is divided.
+PART = VOCABULARY // 4
+
+
+def crossings(engine, setting):
+    """The operations between the replicas, as the first of them sees them."""
+    port = free_port()
+    count = 2 if engine.startswith(("multi_worker", "ddp")) else 1
+    cluster = {"worker": [f"localhost:{free_port()}" for _ in range(count)]}
+    processes = []
+    for rank in range(count):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        if engine == "multi_worker":
+            task = {"cluster": cluster, "task": {"type": "worker", "index": rank}}
+            environment["TF_CONFIG"] = json.dumps(task)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.traffic", engine, setting],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    printed = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, printed, strict=True):
+        assert process.returncode == 0, errors
+    return [Crossing(*each) for each in json.loads(printed[0][0].splitlines()[-1])]
+
+
+def has_table(crossing):
+    return any(length is not None and length >= PART for length in crossing.shape)
+
+
+@pytest.mark.parametrize("setting", ["plain", *CLIPPING])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_cross_and_no_table(engine, setting):
+    found = crossings(engine, setting)
+    assert not [each for each in found if has_table(each)]
+    widths = {WIDTH, WIDTH // 4}  # of a table that is divided by columns
+    assert any(len(each.shape) == 2 and each.shape[1] in widths for each in found)
+    # Rows of the table and of what is kept for it, ids, and the dense weights.
+    sizes = [each.bytes for each in found if each.bytes is not None]
+    assert sum(sizes) < 12 * LOOK_UPS * (WIDTH + 2) * 8
+
+
+ENGINES_THAT_SEE = ENGINES + ["ddp_alone"] * (BACKEND == "torch")
+
+
+@pytest.mark.parametrize("engine", ENGINES_THAT_SEE)
+def test_a_table_that_crosses_is_seen(engine):
+    assert any(has_table(each) for each in crossings(engine, "regularizer"))
