@@ -244,7 +244,9 @@ def test_a_torch_gradient_can_be_sent_by_rows():
     rows.mul_(3)
     torch.testing.assert_close(gradient.to_sparse(1).to_dense(), dense)  # a copy
 
-    received = torch.sparse_coo_tensor([[2, 7, 2]], torch.ones(3, WIDTH), dense.shape)
+    received = torch.sparse_coo_tensor(
+        torch.tensor([[2, 7, 2]]), torch.ones(3, WIDTH), dense.shape
+    )
     total = gradient.clone().zero_() + received
     assert total.to_sparse(1)._indices()[0].tolist() == [2, 7, 2]
     torch.testing.assert_close(total + torch.zeros(1), received.to_dense())

@@ -19,6 +19,9 @@ ENGINES = {
     "torch": ["ddp"],
 }[BACKEND]
 CLIPPING = ["clipnorm", "clipvalue", "global_clipnorm"]
+# Each engine with plain gradients, and each kind of clipping on one of them.
+CASES = [(engine, "plain") for engine in ENGINES]
+CASES += [(ENGINES[i % len(ENGINES)], clip) for i, clip in enumerate(CLIPPING)]
 # The shortest length that stands for a table, or for a part of one that is divided.
 PART = VOCABULARY // 4
 
@@ -59,8 +62,8 @@ def has_table(crossing):
     return any(length is not None and length >= PART for length in crossing.shape)
 
 
-@pytest.mark.parametrize("setting", ["plain", *CLIPPING])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "setting"), CASES)
 def test_rows_cross_and_no_table(engine, setting):
     found = crossings(engine, setting)
     assert not [each for each in found if has_table(each)]
@@ -74,6 +77,7 @@ def test_rows_cross_and_no_table(engine, setting):
 ENGINES_THAT_SEE = ENGINES + ["ddp_alone"] * (BACKEND == "torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES_THAT_SEE)
 def test_a_table_that_crosses_is_seen(engine):
     assert any(has_table(each) for each in crossings(engine, "regularizer"))

@@ -39,8 +39,9 @@ class Crossing(NamedTuple):
 
 
 def crossing(operation: str, shape: list[int | None], item: int) -> Crossing:
-    known = None not in shape
-    return Crossing(operation, shape, item * math.prod(shape) if known else None)
+    known = [length for length in shape if length is not None]
+    size = item * math.prod(known) if len(known) == len(shape) else None
+    return Crossing(operation, shape, size)
 
 
 def compiled_model(setting: str) -> Any:
@@ -138,7 +139,7 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
     text = step.lower(state, data).compile().as_text()
     return [
         crossing(operation, [int(n) for n in shape.split(",") if n], int(bits) // 8)
-        for result, operation, _ in COLLECTIVE.findall(text)
+        for result, operation, _ in COLLECTIVE.findall(text or "")
         for bits, shape in ARRAY.findall(result)
     ]
 
