@@ -1,8 +1,10 @@
-"""What the site does to its pages beyond Markdown: equations and links to the code.
+"""What the site does to its pages beyond Markdown: equations, links, marks.
 
 Equations become MathML, which browsers draw without a script. A link to a file of the
-repository, which is right where the page is read beside the code, leads to the same file
-under `repo_url`, or becomes the file's name where the site has no such setting.
+repository, which is right where the page is read beside the code, leads to the same
+file under `repo_url`, or becomes the file's name where the site has no such setting.
+The marks of figures and of code blocks, which are comments, are left out: within a
+sentence Markdown takes a comment for the end of the paragraph.
 """
 
 import posixpath
@@ -18,8 +20,11 @@ EQUATION = re.compile(
 OUTWARD = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]+)\)")
 
 
+MARK = re.compile(r"<!-- (?:(?:table|cell|backend|not run): .*?|end) -->")
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Turn links that lead out of docs/ to the repository."""
+    """Turn links that lead out of docs/ to the repository; leave marks out."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def rewrite(match: re.Match[str]) -> str:
@@ -31,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path})"
         return f"{text} (`{path}`)"
 
-    return OUTWARD.sub(rewrite, markdown)
+    return MARK.sub("", OUTWARD.sub(rewrite, markdown))
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PYTEST = ["-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=20"]
+TESTS_OF_TOOLS = ["--ignore=tests/test_experiments.py", "--ignore=tests/test_site.py"]
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
     failed = []
     for backend in chosen:
         print(f"=== {backend}", flush=True)
-        once = [] if backend == chosen[0] else ["--ignore=tests/test_experiments.py"]
+        once = [] if backend == chosen[0] else TESTS_OF_TOOLS
         run = subprocess.run(
             [sys.executable, *PYTEST, *once],
             cwd=Path(__file__).parents[1],

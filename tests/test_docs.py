@@ -1,7 +1,7 @@
 """The examples in docstrings, README and documentation run, and do what they say.
 
-On a page, a block may use what the blocks before it made. A comment right before a block
-says where it runs: `<!-- backend: jax -->`, or `<!-- not run: REASON -->`.
+On a page, a block may use what the blocks before it made. A comment right before a
+block says where it runs: `<!-- backend: jax -->`, or `<!-- not run: REASON -->`.
 """
 
 import doctest
