@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
             return match[0]
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path})"
-        return f"{text} (`{path}`)"
+        return f"`{path}`" if text == path else f"{text} (`{path}`)"
 
     return MARK.sub("", OUTWARD.sub(rewrite, markdown))
 
