@@ -77,6 +77,7 @@ class Program:
 
     @property
     def place(self) -> str:
+        """What it is compiled for, in words."""
         return self.topology if self.chips > 1 else "one v5e chip"
 
 
@@ -125,6 +126,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
+        """Whether the value is within the limit."""
         return self.value <= self.limit
 
 
@@ -336,6 +338,7 @@ def between_chips(collectives: list[Collective]) -> str:
 
 
 def size(bytes_: float) -> str:
+    """Bytes in words."""
     return f"{bytes_ / 1e6:,.1f} MB"
 
 

@@ -20,16 +20,11 @@ from examples._report import Curve, Run, draw, print_table, write_json
 class Comparison:
     """What one example compares.
 
-    Parameters
-    ----------
-    name : str
-        The example's name.
-    curves : mapping
-        The optimizers `--optimizers` offers, and how to show each.
-    load_data, build_model, build_optimizer : callables
-        What differs between the examples.
-    loss : str
-        The loss `build_model`'s output is trained with.
+    Attributes:
+        name: the example's name.
+        curves: the optimizers `--optimizers` offers, and how to show each.
+        load_data, build_model, build_optimizer: what differs between the examples.
+        loss: the loss `build_model`'s output is trained with.
     """
 
     name: str

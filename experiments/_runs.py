@@ -36,10 +36,8 @@ Measure = Callable[[Data, Settings, str], dict[str, Any]]
 class Scale:
     """How much is trained; each experiment adds the size of its model.
 
-    Parameters
-    ----------
-    train_samples, test_samples : int, optional
-        At most so many, and all without.
+    Attributes:
+        train_samples, test_samples: at most so many, and all without.
     """
 
     epochs: int
@@ -130,17 +128,13 @@ def run_all(
 ) -> int:
     """Make those of the runs that `options.output` lacks; return the exit status.
 
-    Parameters
-    ----------
-    experiment : str
-        The experiment's name.
-    runs : mapping
-        The settings of every run, by the name of its file.
-    load_data : callable
-        Makes the data, which go to each run's process.
-    measure : callable
-        Makes one run of the data, its settings and its name; a function that a new
-        process can import.
+    Args:
+        experiment: the experiment's name.
+        runs: the settings of every run, by the name of its file.
+        load_data: makes the data, which go to each run's process.
+        measure: makes one run of the data, its settings and its name; a function that a
+            new process can import.
+        options: the command line: seeds, jobs, scale, data and output.
     """
     try:
         there = [name for name in runs if _is_there(options.output, name, runs[name])]

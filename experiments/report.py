@@ -289,10 +289,10 @@ def updates_table(records: Sequence[Record]) -> Table:
 def changes(cycles: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return each cycle's mean change by a fast update, and its change by the sync.
 
-    Parameters
-    ----------
-    cycles : array, (cycles, at least 3)
-        What was measured at the start, in between, before and after the sync.
+    Args:
+        cycles: what was measured at the start, in between, before and after the sync,
+            of shape (cycles, at least 3).
+        k: updates between two syncs.
     """
     start, before, after = cycles[:, 0], cycles[:, -2], cycles[:, -1]
     return (before - start) / k, after - before
