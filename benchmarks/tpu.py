@@ -76,6 +76,7 @@ class Program:
 
     @property
     def place(self) -> str:
+        """What it is compiled for, in words."""
         return self.topology if self.chips > 1 else "one v5e chip"
 
 
@@ -124,6 +125,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
+        """Whether the value is within the limit."""
         return self.value <= self.limit
 
 
@@ -330,6 +332,7 @@ def between_chips(collectives: list[Collective]) -> str:
 
 
 def size(bytes_: float) -> str:
+    """Bytes in words."""
     return f"{bytes_ / 1e6:,.1f} MB"
 
 

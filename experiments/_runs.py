@@ -33,10 +33,8 @@ Measure = Callable[[Data, Settings, str], dict[str, Any]]
 class Scale:
     """How much is trained; each experiment adds the size of its model.
 
-    Parameters
-    ----------
-    train_samples, test_samples : int, optional
-        At most so many, and all without.
+    Attributes:
+        train_samples, test_samples: at most so many, and all without.
     """
 
     epochs: int
@@ -100,21 +98,14 @@ def run_all(
 ) -> int:
     """Make those of the runs that a folder lacks; return the exit status.
 
-    Parameters
-    ----------
-    experiment : str
-        The experiment's name.
-    runs : mapping
-        The settings of every run, by the name of its file.
-    load_data : callable
-        Makes the data, which go to each run's process.
-    measure : callable
-        Makes one run of the data, its settings and its name; a function that a new
-        process can import.
-    output : Path
-        The folder of the runs' files.
-    jobs : int
-        Runs at a time.
+    Args:
+        experiment: the experiment's name.
+        runs: the settings of every run, by the name of its file.
+        load_data: makes the data, which go to each run's process.
+        measure: makes one run of the data, its settings and its name; a function that a
+            new process can import.
+        output: the folder of the runs' files.
+        jobs: runs at a time.
     """
     try:
         there = [name for name in runs if _is_there(output, name, runs[name])]

@@ -56,19 +56,14 @@ STATISTICS_MOMENTUM, STATISTICS_SAMPLES = 0.9, 2_000
 class ImageScale(Scale):
     """How much is trained, and how large a residual network.
 
-    Parameters
-    ----------
-    filters : list of int
-        The filters of each stage of the residual network; a stage but the first halves
-        the image's sides.
-    blocks : int
-        Residual blocks of two convolutions in a stage.
-    first_stride : int
-        The stride of the first convolution.
-    augment : bool
-        Whether images are shifted by up to four pixels and flipped.
-    weight_decay : float
-        That of a penalty in the loss, which momentum multiplies by 1 / (1 - momentum).
+    Attributes:
+        filters: the filters of each stage of the residual network; a stage but the
+            first halves the image's sides.
+        blocks: residual blocks of two convolutions in a stage.
+        first_stride: the stride of the first convolution.
+        augment: whether images are shifted by up to four pixels and flipped.
+        weight_decay: that of a penalty in the loss, which momentum multiplies by 1 / (1
+            - momentum).
     """
 
     filters: list[int]

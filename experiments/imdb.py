@@ -64,15 +64,18 @@ class RowMovement(keras.callbacks.Callback):
         self.epochs: list[dict[str, float]] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begin to add up."""
         self.batches.start(epoch)
         self._distance = {True: 0.0, False: 0.0}
         self._rows = {True: 0, False: 0}
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Note the table before a step that is measured."""
         if batch % PROBE_EVERY == 0:
             self._before = self._table()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Add how far the rows went in it."""
         if batch % PROBE_EVERY:
             return
         moved = np.linalg.norm(self._table() - self._before, axis=1)
@@ -85,6 +88,7 @@ class RowMovement(keras.callbacks.Callback):
             self._rows[sampled] += len(rows)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Keep the epoch's means."""
         distance, rows = self._distance, self._rows
         self.epochs.append(
             {

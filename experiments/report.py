@@ -5,10 +5,10 @@ tables of the pages are those that the runs give.
 """
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
-from experiments import cifar, language_model
+from experiments import _pages, cifar, language_model
+from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from workbench.plots import (
     BLACK,
@@ -31,10 +32,7 @@ from workbench.plots import (
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
 IMAGES = DOCS / "images"
-
-Table = list[list[str]]  # the heading and the rows
 
 LANGUAGE_CURVES = {
     "adam": Curve("Adam", BLUE),
@@ -291,10 +289,10 @@ def updates_table(records: Sequence[Record]) -> Table:
 def changes(cycles: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return each cycle's mean change by a fast update, and its change by the sync.
 
-    Parameters
-    ----------
-    cycles : array, (cycles, at least 3)
-        What was measured at the start, in between, before and after the sync.
+    Args:
+        cycles: what was measured at the start, in between, before and after the sync,
+            of shape (cycles, at least 3).
+        k: updates between two syncs.
     """
     start, before, after = cycles[:, 0], cycles[:, -2], cycles[:, -1]
     return (before - start) / k, after - before
@@ -440,16 +438,9 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
 }
 
 
-def with_tables(page: str) -> str:
-    """Put the tables between their marks in a page."""
-    for name, (folder, make_table) in TABLES.items():
-        marks = re.compile(f"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if marks.search(page):
-            heading, *rows = make_table(read(RESULTS / folder))
-            lines = [heading, ["---"] * len(heading), *rows]
-            table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            page = marks.sub(rf"\g<1>{table}\n\g<2>", page)
-    return page
+def pages() -> list[Path]:
+    """List the pages that may have marks in them."""
+    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -457,20 +448,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    differing = 0
-    for path in PAGES:
-        page = path.read_text(encoding="utf-8")
-        written = with_tables(page)
-        if options.check and page != written:
-            print(f"{path.name}: its tables are not those that the runs give")
-            differing = 1
-        if not options.check:
-            path.write_text(written, encoding="utf-8")
+    tables = {
+        name: partial(_table, folder, make) for name, (folder, make) in TABLES.items()
+    }
+    differing = _pages.write(pages(), tables, options.check)
     if not options.check:
         IMAGES.mkdir(exist_ok=True)
         for name, (folder, draw) in PICTURES.items():
             draw(read(RESULTS / folder)).savefig(IMAGES / f"{name}.png", dpi=110)
     return differing
+
+
+def _table(folder: str, make: Callable[[Sequence[Record]], Table]) -> Table:
+    return make(read(RESULTS / folder))
 
 
 def _group(

@@ -21,12 +21,15 @@ class EpochTimer(keras.callbacks.Callback):
     """Adds to the history how long each epoch trained, its validation left out."""
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_test_begin(self, logs: Any = None) -> None:
+        """Stop it before the validation."""
         self._seconds = time.perf_counter() - self._start
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Put the time into the history."""
         logs["seconds"] = self._seconds
 
 

@@ -27,12 +27,9 @@ class DataError(Exception):
 class Data:
     """Arrays ready for `fit`, and what to call them.
 
-    Parameters
-    ----------
-    source : str
-        What the output calls the data.
-    epochs : int
-        Epochs that these data take unless `--epochs` says otherwise.
+    Attributes:
+        source: what the output calls the data.
+        epochs: epochs that these data take unless `--epochs` says otherwise.
     """
 
     source: str

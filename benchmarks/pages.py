@@ -1,0 +1,203 @@
+"""Write the benchmarks' figures and picture into the pages of the documentation.
+
+`python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json`; `--check`
+says whether the pages have the figures that are there. A line that no run has measured
+stands there as such.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks._goals import TITLES, Goal, Sizes, goals
+from experiments import _pages
+from experiments._pages import Table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "step-time.png"
+
+MISSING = "not measured"
+# The lines of a table by their names, with `{place}` where there is one for each.
+FIT = (
+    ("fit-adam-{place}", "Adam / LazyOptimizer(Adam), 10^6 rows"),
+    ("fit-small-{place}", "LazyOptimizer(Adam) / Adam, 10^4 rows"),
+    ("fit-decay-scale-{place}", "LazyOptimizer, 10^6 rows / 10^5"),
+    ("fit-freeze-scale-{place}", 'the same, `moments="freeze"`'),
+    ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6"),
+    ("fit-freeze-big-{place}", 'the same, `moments="freeze"`'),
+    ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
+    ("fit-imported-{place}", "Adam, package in use / not imported"),
+    ("fit-memory-{place}", "memory beyond weights and slots, in tables"),
+    ("fit-tfa", "LazyOptimizer / tfa LazyAdam"),
+    ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
+)
+LAZY_STEPS = (
+    ("lazy-adam", "Adam / LazyOptimizer, 10^6 rows"),
+    ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4"),
+    ("lazy-freeze-scale", 'the same, `moments="freeze"`'),
+    ("lazy-decay-tfa", "LazyOptimizer / tfa LazyAdam"),
+    ("lazy-freeze-tfa", 'the same, `moments="freeze"`'),
+    ("lazy-decay-bare", "LazyOptimizer / LazyAdam's operations, same TensorFlow"),
+    ("lazy-freeze-bare", 'the same, `moments="freeze"`'),
+    ("lookahead-lazy", "Lookahead(LazyOptimizer) / LazyOptimizer"),
+    ("lazy-decay-dense-{place}", "LazyOptimizer / Adam, dense gradient"),
+    ("lazy-freeze-dense-{place}", 'the same, `moments="freeze"`'),
+)
+LOOKAHEAD_STEPS = (
+    ("lookahead-adam-{place}", "Lookahead(Adam) / Adam"),
+    ("lookahead-sgd-{place}", "Lookahead(SGD) / SGD"),
+)
+MEMORY = (
+    ("memory-lookahead-{place}", "Lookahead(Adam) - Adam, in copies of the weights"),
+    ("memory-lazy-{place}", "LazyOptimizer - Adam, bytes a row of the table"),
+)
+FIRST_STEPS = (
+    ("first-lookahead-{place}", "Lookahead(Adam) / Adam"),
+    ("first-lazy-{place}", "LazyOptimizer / Adam"),
+)
+SHORT = (
+    ("lazy-adam", "Adam / LazyOptimizer(Adam), table of 10^6 x 64, 4096 look-ups"),
+    ("lazy-decay-scale", "LazyOptimizer(Adam) at 10^6 rows / at 10^4"),
+    ("lazy-decay-tfa", "LazyOptimizer(Adam) / tfa's LazyAdam on TensorFlow 2.15"),
+    ("lookahead-adam-graph", "Lookahead(Adam) / Adam, 21 M weights, TensorFlow"),
+    ("lookahead-adam-jax", "the same on JAX"),
+)
+
+
+def lines() -> dict[str, dict[str, Any]]:
+    """Every line that a run has measured, by its name."""
+    return {goal["name"]: goal for report in _reports() for goal in report["goals"]}
+
+
+def ratios(chosen: Sequence[tuple[str, str]]) -> Table:
+    """Lines by what they compare, a column for each place."""
+    table = [["", *TITLES.values(), "peers"]]
+    for pattern, label in chosen:
+        by_place = {goals_by_name()[name].where: name for name in names(pattern)}
+        cells = [
+            _measured(by_place[place]) if place in by_place else ""
+            for place in TITLES.values()
+        ]
+        peers = [peer for name in by_place.values() for peer in _peers(name)]
+        table.append([label, *cells, ", ".join(peers)])
+    return table
+
+
+@cache
+def goals_by_name() -> dict[str, Goal]:
+    """Every line that can be measured."""
+    return {goal.name: goal for goal in goals(Sizes())}
+
+
+def names(pattern: str) -> list[str]:
+    """The lines of a pattern, one a place."""
+    by_place = dict.fromkeys(pattern.format(place=place) for place in TITLES)
+    return [name for name in by_place if name in goals_by_name()]
+
+
+def short() -> Table:
+    """What a reader in a hurry wants to know."""
+    table = [["step time over step time", "ratio"]]
+    for name, label in SHORT:
+        peers = _peers(name)
+        table.append([label, " ".join([_measured(name), *(f"({p})" for p in peers)])])
+    return table
+
+
+def fit_times() -> Table:
+    """Whole steps of `fit` in milliseconds, and their ratios."""
+    table = [["where", "Adam, ms", "LazyOptimizer(Adam), ms", "ratio"]]
+    for name in names("fit-adam-{place}"):
+        medians = _medians(name)
+        table.append([goals_by_name()[name].where, *medians, _measured(name)])
+    return table
+
+
+def measured() -> Table:
+    """Every line, for the pages to cite a cell of it."""
+    table = [["line", "measured", "over", "under", "peers"]]
+    table += [
+        [name, _measured(name), *_medians(name), ", ".join(_peers(name))]
+        for name in goals_by_name()
+    ]
+    return table
+
+
+def step_times() -> Table:
+    """The points of the picture: the optimizer's step in milliseconds."""
+    points = [point for report in _reports() for point in report["step_time"]]
+    sizes = sorted({point["problem"]["vocabulary"] for point in points})
+    table = [["rows of the table", *(f"{size:,}" for size in sizes)]]
+    for variant in dict.fromkeys(point["variant"] for point in points):
+        times = {
+            point["problem"]["vocabulary"]: _figure(point["measured"])
+            for point in points
+            if point["variant"] == variant
+        }
+        table.append([variant, *(times.get(size, MISSING) for size in sizes)])
+    return table
+
+
+TABLES: _pages.Tables = {
+    "costs-short": short,
+    "fit": partial(ratios, FIT),
+    "fit-times": fit_times,
+    "lazy-steps": partial(ratios, LAZY_STEPS),
+    "lookahead-steps": partial(ratios, LOOKAHEAD_STEPS),
+    "memory": partial(ratios, MEMORY),
+    "first-steps": partial(ratios, FIRST_STEPS),
+    "step-times": step_times,
+    "measured": measured,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write, or check; return the exit status."""
+    parser = argparse.ArgumentParser("pages", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    docs = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    differing = _pages.write(docs, TABLES, check)
+    picture = RESULTS / "steps" / "step_time.png"
+    if not check:
+        shutil.copyfile(picture, PICTURE)
+    elif PICTURE.read_bytes() != picture.read_bytes():
+        print(f"{PICTURE.name}: not the picture of the results")
+        differing = 1
+    return differing
+
+
+@cache
+def _reports() -> list[dict[str, Any]]:
+    paths = sorted(RESULTS.glob("*/benchmarks.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _measured(name: str) -> str:
+    return _figure(lines().get(name, {}).get("measured"))
+
+
+def _peers(name: str) -> list[str]:
+    peers = lines().get(name, {}).get("peers", {})
+    return [f"{peer}: {_figure(each['measured'])}" for peer, each in peers.items()]
+
+
+def _medians(name: str) -> list[str]:
+    parts = lines().get(name, {}).get("parts", {})
+    return [_figure(parts.get(part, {}).get("median")) for part in ("over", "under")]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
