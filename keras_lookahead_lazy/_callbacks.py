@@ -7,9 +7,9 @@ from typing import Any
 import keras
 
 from keras_lookahead_lazy import _keras
+from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._lookahead import Lookahead
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
-from keras_lookahead_lazy._wrapper import chain
 
 
 class SlowWeights(keras.callbacks.Callback):

@@ -39,9 +39,18 @@ _NOT_SLOTS = {
 
 def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
     """The optimizer at the end of a chain of `inner_optimizer`s."""
-    while (inside := inner(optimizer)) is not None:
-        optimizer = inside
-    return optimizer
+    return chain(optimizer)[-1]
+
+
+def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
+    """An optimizer, the one inside it, and so on."""
+    optimizers = []
+    # (AutoGraph, which may come by here, knows no assignment in a condition.)
+    inside: keras.Optimizer | None = optimizer
+    while inside is not None:
+        optimizers.append(inside)
+        inside = inner(inside)
+    return optimizers
 
 
 def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,8 +14,9 @@ from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _ta
 from keras_lookahead_lazy._arguments import check_choice
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._catch_up import MovedRows, SlowCopy
+from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._row_step import Table, step
-from keras_lookahead_lazy._wrapper import OptimizerWrapper, chain
+from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 MOMENTS = ("decay", "freeze")
 
@@ -210,7 +211,7 @@ class LazyOptimizer(OptimizerWrapper):
         pairs = list(zip(grads, variables or _keras.weights(self), strict=True))
         left_out = self._tables_left_out(pairs)
         for table in left_out:
-            self._catch_up_if(table.caught_up < updates, [table])
+            self._catch_up_if(True, [table])
         grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
         with self._step():
             updated = self._apply_inner(grads, variables)
@@ -246,14 +247,15 @@ class LazyOptimizer(OptimizerWrapper):
         key = _keras.key(self, variable)
         if key not in self._tables or gradient is None:
             return gradient
-        if not (self._tables[key].every_row or self.gradient_accumulation_steps):
+        computes = self._uses_whole_gradients()
+        if not (self._tables[key].every_row or self.gradient_accumulation_steps) and (
+            computes or not engine.KERAS_TAKES_ROWS
+        ):
             found = engine.row_gradient(gradient, variable)
             if found is not None:
                 self._row_gradients[key] = found
                 return found.sums
-        if self._uses_whole_gradients():
-            return engine.sum_duplicates(gradient)
-        return engine.whole(gradient)
+        return (engine.sum_duplicates if computes else engine.whole)(gradient)
 
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
@@ -309,36 +311,37 @@ class LazyOptimizer(OptimizerWrapper):
         this one, and on JAX before slots are read. Training goes on the same with and
         without it, but for rounding.
         """
-        self.catch_up_if(ops.convert_to_tensor(True))
+        self.catch_up_if(True)
 
     def catch_up_if(self, predicate: Any) -> None:
         """`catch_up()`, in a compiled step, if `predicate` (a scalar bool tensor)."""
         self._catch_up_if(predicate, list(self._tables.values()))
 
     def _catch_up_if(self, predicate: Any, tables: list[Table]) -> None:
+        updates = ops.cast(self._updates(), "int32")
         for table in tables:
+            log_rates = table.log_rates if self._moments == "decay" else {}
+            slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
 
             def catch_up(
-                caught_up: Any, last_update: Any, *values: Any, table: Table = table
+                caught_up: Any,
+                last_update: Any,
+                *values: Any,
+                slots: dict = slots,
+                log_rates: Mapping = log_rates,
             ) -> tuple:
-                now = self._updates() + ops.zeros_like(caught_up)
-                slots = {
-                    name: _keras.UnstoredVariable(value, slot)
-                    for (name, slot), value in zip(
-                        table.slots.items(), values, strict=True
-                    )
+                now = updates + ops.zeros_like(caught_up)
+                views = {
+                    name: _keras.UnstoredVariable(value, slots[name])
+                    for name, value in zip(slots, values, strict=True)
                 }
-                if self._moments == "decay":
-                    missed = now - ops.maximum(last_update, caught_up)
-                    _catch_up.decay(slots, table.log_rates, missed)
-                return now, last_update, *(slot.value for slot in slots.values())
+                missed = now - ops.maximum(last_update, caught_up)
+                _catch_up.decay(views, log_rates, missed)
+                return now, last_update, *(view.value for view in views.values())
 
-            group = (
-                table.caught_up,
-                table.moved.last_update,
-                *table.slots.values(),
-            )
-            engine.update_if(predicate, [group], catch_up)
+            group = (table.caught_up, table.moved.last_update, *slots.values())
+            is_behind = ops.less(table.caught_up.value, updates)
+            engine.update_if(ops.logical_and(predicate, is_behind), [group], catch_up)
 
     def _make_slots_current(self) -> None:
         # Not on JAX, where `fit` keeps slots elsewhere. And a file holds them as they

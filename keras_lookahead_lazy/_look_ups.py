@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import engine
-from keras_lookahead_lazy._wrapper import chain
+from keras_lookahead_lazy._keras import chain
 
 # The optimizer that trains a table by rows, by the id of the table's variable. (A
 # Keras variable cannot be a key: it compares by value.)

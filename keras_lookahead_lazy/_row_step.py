@@ -145,8 +145,8 @@ def _find_rows(
     if not isinstance(gradient, RowGradient):
         return engine.find_rows(gradient, variables, every_row)
     indices = gradient.indices
-    by_row = gradient.sums[gradient.position]
-    sampled = ops.any(by_row != 0, axis=tuple(range(1, by_row.ndim)))
+    by_row = ops.take(gradient.sums, gradient.position, axis=0)
+    sampled = ops.any(by_row != 0, axis=tuple(range(1, len(by_row.shape))))
     values = [engine.read_rows(variable, indices) for variable in variables]
     return Rows(indices, by_row, sampled), values
 

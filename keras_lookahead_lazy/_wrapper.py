@@ -14,6 +14,7 @@ from keras import ops
 from keras_lookahead_lazy import _arguments, _keras
 from keras_lookahead_lazy._backend import check_backend, engine
 from keras_lookahead_lazy._catch_up import MovedRows
+from keras_lookahead_lazy._keras import chain
 
 
 def _setting(name: str) -> Any:
@@ -227,16 +228,20 @@ class OptimizerWrapper(keras.Optimizer):
             For each weight of which this is done, by its key, which rows moved.
         """
         inside = self._wrapper_inside
-        return inside.keep_slow_rows(pairs, updates_in_cycle) if inside else {}
+        if inside is None:
+            return {}
+        return inside.keep_slow_rows(pairs, updates_in_cycle)
 
     def catch_up_if(self, predicate: Any) -> None:
         """Make slots that lag behind current, if `predicate`, in a compiled step."""
-        if inside := self._wrapper_inside:
+        inside = self._wrapper_inside
+        if inside is not None:
             inside.catch_up_if(predicate)
 
     def begin_cycle(self) -> None:
         """Take the next update for the first of a cycle."""
-        if inside := self._wrapper_inside:
+        inside = self._wrapper_inside
+        if inside is not None:
             inside.begin_cycle()
 
     def _scales_the_loss(self) -> bool:
@@ -378,11 +383,3 @@ def _note(model: keras.Model) -> None:
     for optimizer in chain(model.optimizer):
         if isinstance(optimizer, OptimizerWrapper):
             optimizer.__dict__["_model"] = weakref.ref(model)
-
-
-def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
-    """An optimizer, the one inside it, and so on."""
-    optimizers = [optimizer]
-    while (inside := _keras.inner(optimizers[-1])) is not None:
-        optimizers.append(inside)
-    return optimizers

@@ -54,6 +54,8 @@ class Engine(Protocol):
 
     # Whether variables hold the state while `fit` runs, or arrays beside them do.
     VARIABLES_HOLD_STATE: bool
+    # Whether Keras's optimizers take gradients by rows, if they do not clip them.
+    KERAS_TAKES_ROWS: bool
 
     # Look-ups and their gradients
 
@@ -67,8 +69,8 @@ class Engine(Protocol):
         """The look-ups that a gradient consists of.
 
         Returns:
-            `None` for a gradient that has other parts, for one that is better taken
-            as a whole, and where Keras itself hands rows over (TensorFlow).
+            `None` for a gradient that has other parts, and for one that is better taken
+            as a whole.
         """
 
     def whole(self, gradient: Any) -> Any:

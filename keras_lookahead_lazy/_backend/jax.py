@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import RowGradient, Rows, jax_gradient
 
 VARIABLES_HOLD_STATE = False
+KERAS_TAKES_ROWS = False
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
@@ -169,12 +171,11 @@ def sync_rows_if(
         return jnp.where(moved, new_fast, fast), jnp.where(moved, new_slow, slow)
 
     def sync_few(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, ...]:
-        rank = jnp.cumsum(last_update > since, dtype="int32")
+        total, moved_rows = _numbered(last_update > since)
 
         def sync_next(carry: tuple) -> tuple:
             start, *pair = carry
-            wanted = start + jnp.arange(1, ROWS_PER_ROUND + 1, dtype="int32")
-            rows = jnp.searchsorted(rank, wanted)  # past the end: there is no more
+            rows = moved_rows(start + jnp.arange(ROWS_PER_ROUND, dtype="int32"))
             points = sync(*(value.at[rows].get(mode="clip") for value in pair))
             new = [
                 value.at[rows].set(point, mode="drop")
@@ -183,8 +184,7 @@ def sync_rows_if(
             return start + ROWS_PER_ROUND, *new
 
         start = (jnp.int32(0), fast, slow)
-        done = jax.lax.while_loop(lambda carry: carry[0] < rank[-1], sync_next, start)
-        return done[1:]
+        return jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)[1:]
 
     def sync_table(*pair: jax.Array) -> tuple[jax.Array, ...]:
         is_many = jnp.sum(last_update > since) > len(fast) // PART_OF_TABLE
@@ -194,6 +194,32 @@ def sync_rows_if(
     pair = _once_if(predicate, sync_all if is_small else sync_table, (fast, slow))
     for variable, value in zip(group[:2], pair, strict=True):
         variable.assign(value)
+
+
+def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
+    """How many entries of a vector are `True`, and where those of given numbers are.
+
+    It counts in blocks, as many as a power of two allows, so that no device needs the
+    vector where its entries are divided between devices.
+    """
+    count = len(chosen)
+    blocks = math.gcd(count, 2**12)
+    length = count // blocks
+    rank = jnp.cumsum(chosen.reshape(blocks, length), axis=1, dtype="int32")
+    ends = jnp.cumsum(rank[:, -1], dtype="int32")
+
+    def position(number: jax.Array) -> jax.Array:
+        """Positions, by bisection in the block; past the end where there is none."""
+        block = jnp.minimum(jnp.searchsorted(ends, number, side="right"), blocks - 1)
+        within = number - (ends[block] - rank[block, -1])
+        found = jnp.zeros_like(number)
+        for bit in reversed(range(length.bit_length())):
+            further = found + 2**bit
+            before = rank[block, jnp.minimum(further, length) - 1]
+            found = jnp.where((further <= length) & (before <= within), further, found)
+        return jnp.where(number < ends[-1], block * length + found, count)
+
+    return ends[-1], position
 
 
 def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> tuple:

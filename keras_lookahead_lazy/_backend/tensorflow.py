@@ -13,6 +13,7 @@ from keras_lookahead_lazy._backend import RowGradient, Rows, tensorflow_rows
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
 VARIABLES_HOLD_STATE = True
+KERAS_TAKES_ROWS = True
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
@@ -37,8 +38,17 @@ def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
-    """`tf.IndexedSlices` go through Keras as they are: replicas have to add them."""
-    return None
+    """With one replica; those of several have to be added up as they are."""
+    is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
+    if not (is_one and isinstance(gradient, tf.IndexedSlices)):
+        return None
+    if in_xla():
+        indices, position, sums = tensorflow_rows.sorted_sums(gradient)
+        is_small = _is_small(table, gradient)
+        return None if is_small else RowGradient(sums, indices, position)
+    gradient = sum_duplicates(gradient)
+    position = tf.range(tf.size(gradient.indices))
+    return RowGradient(gradient.values, gradient.indices, position)
 
 
 def whole(gradient: Any) -> Any:
@@ -98,7 +108,7 @@ def find_rows(
     return Rows(indices, tf.gather(gradient, indices), None), read(indices)
 
 
-def _is_small(table: tf.Variable, slices: tf.IndexedSlices) -> bool:
+def _is_small(table: Any, slices: tf.IndexedSlices) -> bool:
     look_ups = slices.indices.shape[0]
     return not look_ups or table.shape[0] < ROWS_PER_LOOK_UP * look_ups
 

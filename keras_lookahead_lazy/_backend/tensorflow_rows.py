@@ -61,7 +61,10 @@ def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tens
 
 
 class _Slices(tf.IndexedSlices):
-    """`tf.IndexedSlices` that Keras can divide by a `loss_scale_factor`."""
+    """`tf.IndexedSlices` that Keras can scale without making them dense."""
+
+    def __mul__(self, factor: Any) -> _Slices:
+        return _Slices(self.values * factor, self.indices, self.dense_shape)
 
     def __truediv__(self, divisor: Any) -> _Slices:
         return _Slices(self.values / divisor, self.indices, self.dense_shape)

@@ -14,6 +14,7 @@ from keras_lookahead_lazy._backend import Rows
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
+KERAS_TAKES_ROWS = False
 
 
 # Look-ups and their gradients
