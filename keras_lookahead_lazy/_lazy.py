@@ -117,15 +117,26 @@ class LazyOptimizer(OptimizerWrapper):
         The name is the path, with the position among the weights (`path:3`) where
         two tables share it.
 
-        `"rows"`: on the sampled rows, where the backend allows. `"masked: ..."`: on
-        the whole table with the result masked, and why.
+        `"rows"`: on the sampled rows, in steps whose gradient consists of look-ups.
+        (With a tied projection it does not, and a step looks at every row.)
+        `"masked: ..."`: on the whole table with the result masked, and why.
         """
-        tables = self._tables.values()
+        tables, dense = self._tables.values(), self._why_gradients_are_dense()
         names = _tables.unique_names(
             [table.variable for table in tables], _keras.weights(self)
         )
-        forms = [f"masked: {t.reason}" if t.reason else "rows" for t in tables]
+        reasons = [table.reason or dense for table in tables]
+        forms = [f"masked: {reason}" if reason else "rows" for reason in reasons]
         return dict(zip(names, forms, strict=True))
+
+    def _why_gradients_are_dense(self) -> str | None:
+        if self.gradient_accumulation_steps:
+            return "gradient accumulation adds up whole gradients"
+        around = chain(getattr(self._model(), "optimizer", self))
+        scaling = keras.optimizers.LossScaleOptimizer
+        if any(isinstance(each, scaling) for each in around + chain(self._inner)):
+            return "LossScaleOptimizer looks at whole gradients"
+        return None
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Find the tables, create the variables, take over the tables' updates.
