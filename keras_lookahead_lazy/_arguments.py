@@ -77,10 +77,8 @@ def _accepts(cls: type, name: str) -> bool:
 def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> None:
     """Raise `ValueError` for an argument that is none of some words."""
     if value not in choices:
-        raise ValueError(
-            f"`{name}` says {says}: {', '.join(map(repr, choices))}. Received: "
-            f"{name}={value!r}."
-        )
+        words = (" or " if len(choices) == 2 else ", ").join(map(repr, choices))
+        raise ValueError(f"`{name}` says {says}: {words}. Received: {name}={value!r}.")
 
 
 def check_k(k: Any) -> int:

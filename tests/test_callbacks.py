@@ -647,16 +647,18 @@ def test_inject_into_a_loss_scale_optimizer():
     with dtype_policy("mixed_float16"):
         model, plain = (make_model(adam()) for _ in range(2))
         for each in (model, plain):
-            fit(each, steps=6)
+            fit(each, steps=16)  # the loss scale begins too high
         lookahead = inject(model, k=3)
         outer = model.optimizer
         assert isinstance(outer, keras.optimizers.LossScaleOptimizer)
         assert outer.inner_optimizer is lookahead
+        before = int(lookahead.iterations)
         for (x, y), (fast, _) in zip(
             batches(), steps_of_reference(plain, batches(), 3), strict=True
         ):
             model.train_on_batch(x, y)
             assert_agree(model.get_weights(), fast, 2e-6)
+        assert int(lookahead.iterations) == before + STEPS
 
 
 # Weights that are loaded after the build

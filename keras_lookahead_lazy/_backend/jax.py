@@ -21,7 +21,7 @@ KERAS_TAKES_ROWS = False
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
 # A sync works on so many rows at a time, which bounds what it needs beside the weights.
-ROWS_PER_ROUND = 4096
+ROWS_PER_ROUND = 2048
 # It takes the whole table where one in so many rows has moved, or it is small.
 PART_OF_TABLE = 8
 
