@@ -200,26 +200,36 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     """How many entries of a vector are `True`, and where those of given numbers are.
 
     It counts in blocks, as many as a power of two allows, so that no device needs the
-    vector where its entries are divided between devices.
+    vector where its entries are divided between devices, and numbers short pieces of
+    them, so that no memory of the vector's size is needed.
     """
     count = len(chosen)
     blocks = math.gcd(count, 2**12)
-    length = count // blocks
-    rank = jnp.cumsum(chosen.reshape(blocks, length), axis=1, dtype="int32")
-    ends = jnp.cumsum(rank[:, -1], dtype="int32")
+    length = next(n for n in range(256, 0, -1) if count // blocks % n == 0)
+    pieces = chosen.reshape(blocks, -1, length)
+    counts = jnp.sum(pieces, axis=2, dtype="int32")
+    rank = jnp.cumsum(counts, axis=1)
+    ends = jnp.cumsum(rank[:, -1])
 
-    def position(number: jax.Array) -> jax.Array:
-        """Positions, by bisection in the block; past the end where there is none."""
-        block = jnp.minimum(jnp.searchsorted(ends, number, side="right"), blocks - 1)
-        within = number - (ends[block] - rank[block, -1])
-        found = jnp.zeros_like(number)
-        for bit in reversed(range(length.bit_length())):
-            further = found + 2**bit
-            before = rank[block, jnp.minimum(further, length) - 1]
-            found = jnp.where((further <= length) & (before <= within), further, found)
-        return jnp.where(number < ends[-1], block * length + found, count)
+    def positions(numbers: jax.Array) -> jax.Array:
+        """Of the numbers, counted from 0; past the end where there are not so many."""
+        block = jnp.searchsorted(ends, numbers, side="right")
+        block = jnp.minimum(block, blocks - 1)
+        number = numbers - (ends[block] - rank[block, -1])  # in the block
+        piece = jnp.zeros_like(number)
+        for bit in reversed(range(rank.shape[1].bit_length())):
+            further = piece + 2**bit
+            before = rank[block, jnp.minimum(further, rank.shape[1]) - 1]
+            is_before = (further <= rank.shape[1]) & (before <= number)
+            piece = jnp.where(is_before, further, piece)
+        piece = jnp.minimum(piece, rank.shape[1] - 1)
+        number -= rank[block, piece] - counts[block, piece]  # in the piece
+        passed = jnp.cumsum(pieces[block, piece], axis=1, dtype="int32")
+        place = jnp.sum(passed <= number[:, None], axis=1, dtype="int32")
+        found = (block * rank.shape[1] + piece) * length + place
+        return jnp.where(numbers < ends[-1], found, count)
 
-    return ends[-1], position
+    return ends[-1], positions
 
 
 def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> tuple:
