@@ -190,7 +190,12 @@ class Run:
 
         if mode == "eager":
             return self._eager_step
-        stateless = jax.jit(self.optimizer.stateless_apply, donate_argnums=(0, 2))
+
+        def stateless_apply(*arrays: Any) -> Any:
+            return self.optimizer.stateless_apply(*arrays)
+
+        # A function of its own, so that JAX traces it anew: methods are equal.
+        stateless = jax.jit(stateless_apply, donate_argnums=(0, 2))
 
         def step(gradients: list[np.ndarray]) -> None:
             state = self.optimizer.variables
