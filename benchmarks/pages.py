@@ -31,6 +31,7 @@ FIT = (
     ("fit-freeze-scale-{place}", 'the same, `moments="freeze"`'),
     ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6"),
     ("fit-freeze-big-{place}", 'the same, `moments="freeze"`'),
+    ("fit-huge-{place}", "LazyOptimizer, 10^8 rows of 8 / 10^6 rows of 8"),
     ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
     ("fit-imported-{place}", "Adam, package in use / not imported"),
     ("fit-memory-{place}", "memory beyond weights and slots, in tables"),
@@ -62,11 +63,13 @@ FIRST_STEPS = (
     ("first-lazy-{place}", "LazyOptimizer / Adam"),
 )
 SHORT = (
-    ("lazy-adam", "Adam / LazyOptimizer(Adam), table of 10^6 x 64, 4096 look-ups"),
-    ("lazy-decay-scale", "LazyOptimizer(Adam) at 10^6 rows / at 10^4"),
-    ("lazy-decay-tfa", "LazyOptimizer(Adam) / tfa's LazyAdam on TensorFlow 2.15"),
-    ("lookahead-adam-graph", "Lookahead(Adam) / Adam, 21 M weights, TensorFlow"),
-    ("lookahead-adam-jax", "the same on JAX"),
+    ("fit-adam-graph", "Adam / LazyOptimizer(Adam), table of 10^6 x 64, TensorFlow"),
+    ("fit-adam-jax", "the same on JAX"),
+    ("fit-adam-torch", "the same on torch"),
+    ("fit-decay-scale-graph", "LazyOptimizer(Adam) at 10^6 rows / at 10^5, TensorFlow"),
+    ("fit-tfa", "LazyOptimizer(Adam) / tfa's LazyAdam on TensorFlow 2.15"),
+    ("fit-torch-loop", "LazyOptimizer(Adam) / a plain torch loop with SparseAdam"),
+    ("fit-lookahead-jax", "Lookahead(LazyOptimizer(Adam)) / LazyOptimizer(Adam), JAX"),
 )
 
 
@@ -103,7 +106,7 @@ def names(pattern: str) -> list[str]:
 
 def short() -> Table:
     """What a reader in a hurry wants to know."""
-    table = [["step time over step time", "ratio"]]
+    table = [["time of a `fit` step over that of another", "ratio"]]
     for name, label in SHORT:
         peers = _peers(name)
         table.append([label, " ".join([_measured(name), *(f"({p})" for p in peers)])])
