@@ -165,10 +165,16 @@ def sync_rows_if(
 ) -> None:
     fast, slow, last_update = (variable.value for variable in group)
 
-    def sync_all(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, ...]:
+    def sync_all_if(
+        predicate: Any, fast: jax.Array, slow: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """One array after the other, for a loop that changes both copies them."""
         moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
-        new_fast, new_slow = sync(fast, slow)
-        return jnp.where(moved, new_fast, fast), jnp.where(moved, new_slow, slow)
+        (fast,) = _once_if(
+            predicate, lambda f: (jnp.where(moved, sync(f, slow)[0], f),), (fast,)
+        )
+        (slow,) = _once_if(predicate, lambda s: (jnp.where(moved, fast, s),), (slow,))
+        return fast, slow
 
     def sync_few(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, ...]:
         total, moved_rows = _numbered(last_update > since)
@@ -186,12 +192,15 @@ def sync_rows_if(
         start = (jnp.int32(0), fast, slow)
         return jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)[1:]
 
-    def sync_table(*pair: jax.Array) -> tuple[jax.Array, ...]:
-        is_many = jnp.sum(last_update > since) > len(fast) // PART_OF_TABLE
-        return _once_if(~is_many, sync_few, _once_if(is_many, sync_all, pair))
-
-    is_small = len(fast) < PART_OF_TABLE * ROWS_PER_ROUND
-    pair = _once_if(predicate, sync_all if is_small else sync_table, (fast, slow))
+    if len(fast) < PART_OF_TABLE * ROWS_PER_ROUND:
+        pair = sync_all_if(predicate, fast, slow)
+    else:
+        most = len(fast) // PART_OF_TABLE
+        is_many = jax.lax.cond(
+            predicate, lambda: jnp.sum(last_update > since) > most, lambda: False
+        )
+        pair = sync_all_if(predicate & is_many, fast, slow)
+        pair = _once_if(predicate & ~is_many, sync_few, pair)
     for variable, value in zip(group[:2], pair, strict=True):
         variable.assign(value)
 
