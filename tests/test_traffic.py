@@ -72,7 +72,7 @@ def test_rows_cross_and_no_table(engine, setting):
     # Rows of the table and of what is kept for it, ids, and the dense weights. A sync
     # finds moved rows by bisection, and reads and writes them, 2048 at a time.
     sizes = [each.bytes for each in found if each.bytes is not None]
-    sync = 2048 * (2 * WIDTH + 256) * 4 if engine == "model_parallel_rows" else 0
+    sync = 2048 * (2 * WIDTH + 64) * 4 if engine == "model_parallel_rows" else 0
     assert sum(sizes) < 12 * LOOK_UPS * (WIDTH + 2) * 8 + sync
 
 

@@ -214,7 +214,7 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     """
     count = len(chosen)
     blocks = math.gcd(count, 2**12)
-    length = next(n for n in range(256, 0, -1) if count // blocks % n == 0)
+    length = next(n for n in range(32, 0, -1) if count // blocks % n == 0)
     pieces = chosen.reshape(blocks, -1, length)
     counts = jnp.sum(pieces, axis=2, dtype="int32")
     rank = jnp.cumsum(counts, axis=1)
