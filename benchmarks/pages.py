@@ -67,7 +67,6 @@ SHORT = (
     ("fit-adam-jax", "the same on JAX"),
     ("fit-adam-torch", "the same on torch"),
     ("fit-decay-scale-graph", "LazyOptimizer(Adam) at 10^6 rows / at 10^5, TensorFlow"),
-    ("fit-tfa", "LazyOptimizer(Adam) / tfa's LazyAdam on TensorFlow 2.15"),
     ("fit-torch-loop", "LazyOptimizer(Adam) / a plain torch loop with SparseAdam"),
     ("fit-lookahead-jax", "Lookahead(LazyOptimizer(Adam)) / LazyOptimizer(Adam), JAX"),
 )
