@@ -204,17 +204,19 @@ def operations(graph: Any, seen: set[str]) -> Iterator[Any]:
 def ddp(setting: str) -> list[Crossing]:
     from examples.distributed._rows_between import replicate
 
-    return profiled(setting, lambda model: replicate(model, model.layers[:1]))
+    return watched(setting, lambda model: replicate(model, model.layers[:1]))
 
 
 def ddp_alone(setting: str) -> list[Crossing]:
     from torch.nn.parallel import DistributedDataParallel
 
-    return profiled(setting, DistributedDataParallel)
+    return watched(setting, DistributedDataParallel)
 
 
-def profiled(setting: str, replicate: Any) -> list[Crossing]:
+def watched(setting: str, replicate: Any) -> list[Crossing]:
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -232,14 +234,21 @@ def profiled(setting: str, replicate: Any) -> list[Crossing]:
 
     step()
     step()  # DistributedDataParallel orders its buffers anew.
-    with torch.profiler.profile(record_shapes=True) as profile:
+    found: list[Crossing] = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.namespace == "c10d":
+                found.extend(
+                    crossing(operation.__name__, list(each.shape), each.itemsize)
+                    for each in tree_leaves(args)
+                    if isinstance(each, torch.Tensor)
+                )
+            return operation(*args, **(kwargs or {}))
+
+    with Collectives():
         step()
-    return [
-        crossing(event.name, shape, 8)  # at most: the dtype is not noted
-        for event in profile.events()
-        if event.name.startswith("gloo:")
-        for shape in event.input_shapes
-    ]
+    return found
 
 
 if __name__ == "__main__":
