@@ -144,11 +144,11 @@ def _find_rows(
 ) -> tuple[Rows, list[Any]]:
     if not isinstance(gradient, RowGradient):
         return engine.find_rows(gradient, variables, every_row)
-    indices = gradient.indices
-    by_row = ops.take(gradient.sums, gradient.position, axis=0)
-    sampled = ops.any(by_row != 0, axis=tuple(range(1, len(by_row.shape))))
-    values = [engine.read_rows(variable, indices) for variable in variables]
-    return Rows(indices, by_row, sampled), values
+    by_row = gradient.sums
+    if gradient.position is not None:
+        by_row = ops.take(by_row, gradient.position, axis=0)
+    rows = engine.mark_idle(gradient.indices, by_row)
+    return rows, [engine.read_rows(variable, rows.indices) for variable in variables]
 
 
 class RowView(_keras.UnstoredVariable):

@@ -35,13 +35,15 @@ class Rows:
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a table that was looked up and nothing else, in fixed shapes.
+    """The gradient of a table that was looked up and nothing else.
 
     Attributes:
-        sums: tensor of shape `(look-ups, ...)`, gradients of different rows in the
-            first places and zeros in the others.
-        indices: int tensor of shape `(look-ups,)`, the rows' ids, sorted.
-        position: int tensor of shape `(look-ups,)`, where each id has its sum.
+        sums: tensor of shape `(n, ...)`, gradients of different rows in the first
+            places and zeros in the others; n is the number of look-ups where shapes
+            have to be fixed, else of rows.
+        indices: int tensor of shape `(n,)`, the rows' ids.
+        position: int tensor of shape `(n,)`, where each id has its sum; `None` if in
+            its own place.
     """
 
     sums: Any
@@ -97,6 +99,9 @@ class Engine(Protocol):
         Returns:
             The rows, and the values of each of the variables there.
         """
+
+    def mark_idle(self, indices: Any, gradient: Any) -> Rows:
+        """Rows that were looked up, of which some may have a gradient of zeros."""
 
     def read_rows(self, variable: Any, indices: Any) -> Any:
         """Rows of a replica; all, if `indices` is `None`."""

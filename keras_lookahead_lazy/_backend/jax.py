@@ -85,6 +85,10 @@ def find_rows(
     return Rows(None, gradient, sampled), [v.value for v in variables]
 
 
+def mark_idle(indices: jax.Array, gradient: jax.Array) -> Rows:
+    return Rows(indices, gradient, (gradient != 0).any(tuple(range(1, gradient.ndim))))
+
+
 def read_rows(variable: keras.Variable, indices: Any) -> jax.Array:
     value = variable.value
     return value if indices is None else value.at[indices].get(mode="clip")

@@ -47,8 +47,7 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
         is_small = _is_small(table, gradient)
         return None if is_small else RowGradient(sums, indices, position)
     gradient = sum_duplicates(gradient)
-    position = tf.range(tf.size(gradient.indices))
-    return RowGradient(gradient.values, gradient.indices, position)
+    return RowGradient(gradient.values, gradient.indices, None)
 
 
 def whole(gradient: Any) -> Any:
@@ -106,6 +105,10 @@ def find_rows(
         return Rows(None, gradient, sampled), read(None)
     indices = tf.where(sampled)[:, 0]
     return Rows(indices, tf.gather(gradient, indices), None), read(indices)
+
+
+def mark_idle(indices: tf.Tensor, gradient: tf.Tensor) -> Rows:
+    return Rows(indices, gradient, tensorflow_rows.has_entries(gradient))
 
 
 def _is_small(table: Any, slices: tf.IndexedSlices) -> bool:

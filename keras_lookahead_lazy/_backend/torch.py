@@ -36,9 +36,9 @@ def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
 def row_gradient(
     gradient: torch.Tensor, table: keras.Variable
 ) -> _backend.RowGradient | None:
-    """Of fixed shapes, for the number of different rows is not known to the host.
+    """On an accelerator of fixed shapes.
 
-    An accelerator would have to stop for it.
+    It would have to stop for the host to know the number of different rows.
     """
     if isinstance(gradient, RowGradient) and gradient.rows is not None:
         ids, values = gradient.rows
@@ -46,6 +46,12 @@ def row_gradient(
         ids, values = gradient._indices()[0], gradient._values()
     else:
         return None
+    if _is_on_host(ids):
+        shape = gradient.shape
+        summed = torch.sparse_coo_tensor(
+            ids[None], values, shape, check_invariants=False
+        ).coalesce()
+        return _backend.RowGradient(summed.values(), summed.indices()[0], None)
     indices, order = torch.sort(ids, stable=True)
     position = torch.zeros_like(indices)
     torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
@@ -79,13 +85,27 @@ def find_rows(
     Their number would have to come to the host, which stalls an accelerator, and a
     compiler wants fixed shapes.
     """
-    sampled = (gradient != 0).flatten(1).any(1)
+    sampled = _has_entries(gradient)
     if every_row or not _is_on_host(gradient):
         rows = Rows(None, gradient, sampled)
     else:
         indices = sampled.nonzero()[:, 0]
         rows = Rows(indices, gradient.index_select(0, indices), None)
     return rows, [read_rows(variable, rows.indices) for variable in variables]
+
+
+def mark_idle(indices: torch.Tensor, gradient: torch.Tensor) -> Rows:
+    sampled = _has_entries(gradient)
+    if not _is_on_host(gradient):
+        return Rows(indices, gradient, sampled)
+    if not sampled.all():
+        indices, gradient = indices[sampled], gradient[sampled]
+    return Rows(indices, gradient, None)
+
+
+def _has_entries(gradient: torch.Tensor) -> torch.Tensor:
+    """Which rows are not all zero. (A maximum takes a tenth of the time of `any`.)"""
+    return gradient.flatten(1).abs().amax(1) != 0
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:
