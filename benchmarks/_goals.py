@@ -139,10 +139,10 @@ def _big_step(over: Variant, under: Variant) -> Measure:
     return measure
 
 
-def _step_memory(variant: Variant) -> Measure:
+def _step_memory(variant: Variant, small: Variant) -> Measure:
     problem = variant.problem
     size = 4 * problem.vocabulary * problem.width
-    return lambda bench: bench.step_memory(variant, size)
+    return lambda bench: bench.step_memory(variant, small, size)
 
 
 def _first(over: Variant, under: Variant) -> Measure:
@@ -217,9 +217,10 @@ def _fit_goals(sizes: Sizes) -> Iterator[Goal]:
         )
         yield Goal(
             f"fit-memory-{place}",
-            "fit: memory beyond weights and slots, Lazy decay, in tables",
+            f"fit: memory beyond weights and slots, Lazy decay, {sizes.table:.0e} rows "
+            f"less {sizes.small_table:.0e}, in tables",
             TITLES[place],
-            _step_memory(lazy),
+            _step_memory(lazy, fit("Lazy decay", sizes.small_table)),
             0.05,
         )
         if place == "graph":

@@ -204,18 +204,27 @@ class Bench:
         parts = {"over": summary(over, a), "under": summary(under, b)}
         return figure([bytes_ / size for bytes_ in more], unit, parts)
 
-    def step_memory(self, variant: Variant, size: float) -> Figure:
-        """What a step needs beyond weights and slots, over `size`."""
+    def step_memory(self, variant: Variant, small: Variant, size: float) -> Figure:
+        """What a step needs beyond weights and slots, over `size`.
+
+        Less what a step on a small table needs, which frameworks need for themselves.
+        """
         check_memory(variant)
-        shares = []
-        for _ in range(max(self.effort.processes, 1)):
-            with self._memory_worker(variant.worker) as worker:
-                shares.append(_step_memory(worker, variant) / size)
-        parts = {
-            "variant": str(variant),
-            "problem": dataclasses.asdict(variant.problem),
+        processes = range(max(self.effort.processes, 1))
+        needs = {
+            each: figure([self._step_memory(each) for _ in processes], "bytes")
+            for each in (variant, small)
         }
-        return figure(shares, "", parts)
+        pairs = zip(needs[variant].samples, needs[small].samples, strict=True)
+        parts = {
+            "variant": summary(variant, needs[variant]),
+            "small": summary(small, needs[small]),
+        }
+        return figure([(large - little) / size for large, little in pairs], "", parts)
+
+    def _step_memory(self, variant: Variant) -> int:
+        with self._memory_worker(variant.worker) as worker:
+            return _step_memory(worker, variant)
 
     def peak(self, variant: Variant) -> Figure:
         """Bytes at the peak of building a variant and making some steps.
@@ -256,18 +265,15 @@ class Bench:
 
 
 def _step_memory(worker: Worker, variant: Variant) -> int:
-    key = variant.request["key"]
     # Small first, so that the framework itself is loaded.
     small = dataclasses.replace(variant.problem, vocabulary=100)
-    first = dataclasses.replace(variant, problem=small)
-    worker.ask("make", **first.request)
-    before = worker.ask("resident")
-    worker.ask("make", **variant.request)
-    temporary = worker.ask("temporary", key=key)
-    if temporary is None:
-        temporary = worker.ask("step_peak", key=key) - before
-    for made in (first, variant):
-        worker.ask("drop", key=made.request["key"])
+    for each in (dataclasses.replace(variant, problem=small), variant):
+        key = each.request["key"]
+        worker.ask("make", **each.request)
+        temporary = worker.ask("temporary", key=key)
+        if temporary is None:
+            temporary = worker.ask("step_peak", key=key)
+        worker.ask("drop", key=key)
     return temporary
 
 

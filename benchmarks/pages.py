@@ -34,7 +34,7 @@ FIT = (
     ("fit-huge-{place}", "LazyOptimizer, 10^8 rows of 8 / 10^6 rows of 8"),
     ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
     ("fit-imported-{place}", "Adam, package in use / not imported"),
-    ("fit-memory-{place}", "memory beyond weights and slots, in tables"),
+    ("fit-memory-{place}", "memory that grows with the table, in tables"),
     ("fit-tfa", "LazyOptimizer / tfa LazyAdam"),
     ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
 )

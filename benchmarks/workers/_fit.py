@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,9 @@ class Fit(_serve.Case):
 
     Args:
         keras: Keras 3 or `tf.keras`.
-        model: what trains, from `build`.
+        model: what trains, from `build`, with its optimizer built.
         problem: what it looks up.
         temporary: as for any case.
-        states: the arrays of the optimizer.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class Fit(_serve.Case):
         model: Any,
         problem: Problem,
         temporary: Callable[[], int | None] | None = None,
-        states: Sequence[Any] = (),
     ) -> None:
         self.temporary = temporary
         self._model = model
@@ -70,7 +67,7 @@ class Fit(_serve.Case):
         self._data = data(problem)
         self._batch = problem.rows // LENGTH
         self._start = 0
-        self._states = states
+        self._held = _serve.resident()
 
     def run(self, steps: int) -> list[float]:
         """Seconds a step, the mean of some."""
@@ -87,9 +84,9 @@ class Fit(_serve.Case):
         return [(max(times) - min(times)) / steps]
 
     def peak(self) -> int:
-        """The most bytes that the process holds during steps, less weights and slots.
+        """The most bytes held during steps, beyond those before the first one.
 
-        Not less what it holds between steps: TensorFlow keeps what a step has used.
+        Not beyond those between steps: TensorFlow keeps what a step has used.
         """
         steps, peaks = 5, []
 
@@ -100,9 +97,7 @@ class Fit(_serve.Case):
                 peaks.append(_serve.latest_peak())
 
         self._fit(steps, self._callback(on_train_batch_end=note_peak))
-        arrays = [*self._model.trainable_variables, *self._states]
-        # Weights and slots are of 4 bytes, whatever they hold.
-        return peaks[0] - 4 * sum(math.prod(array.shape) for array in arrays)
+        return peaks[0] - self._held
 
     def _fit(self, steps: int, callback: Any) -> None:
         ids, labels = self._data

@@ -15,7 +15,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from benchmarks.workers import _fit  # noqa: E402
-from benchmarks.workers._optimizers import build, build_model, states  # noqa: E402
+from benchmarks.workers._optimizers import build, build_model  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 
 
@@ -51,7 +51,7 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
 def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
     model = build_model(name, mode, problem)
     model.optimizer.build(model.trainable_variables)
-    return _fit.Fit(keras, model, problem, states=states(model.optimizer))
+    return _fit.Fit(keras, model, problem)
 
 
 def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:

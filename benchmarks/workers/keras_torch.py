@@ -56,9 +56,8 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         return _serve.Case(torch_loop(problem), warm_up=_fit.WARM_UP)
     model = _optimizers.build_model(name, mode, problem)
     model.optimizer.build(model.trainable_variables)
-    states = _optimizers.states(model.optimizer)
-    touch(states)
-    return _fit.Fit(keras, model, problem, states=states)
+    touch(_optimizers.states(model.optimizer))
+    return _fit.Fit(keras, model, problem)
 
 
 def torch_loop(problem: Problem) -> _serve.Step:
