@@ -130,13 +130,14 @@ class _SampledRows:
         current = ops.maximum(self.last_update.value, caught_up)
         _catch_up.decay(self.slots, self._log_rates, now - 1 - current)
         if self._indices is None:
-            engine.write_rows(self._caught_up, None, now + ops.zeros_like(caught_up))
+            caught_up = now + ops.zeros_like(caught_up)
+            engine.write_rows([self._caught_up], None, [caught_up])
 
     def write(self) -> None:
         """Write the rows back."""
         views = [self.weight, self.last_update, *self.slow, *self.slots.values()]
-        for variable, view in zip(self._stored, views, strict=True):
-            engine.write_rows(variable, self._indices, view.masked().value)
+        values = [view.masked().value for view in views]
+        engine.write_rows(self._stored, self._indices, values)
 
 
 def _find_rows(

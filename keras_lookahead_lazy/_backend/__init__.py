@@ -106,8 +106,10 @@ class Engine(Protocol):
     def read_rows(self, variable: Any, indices: Any) -> Any:
         """Rows of a replica; all, if `indices` is `None`."""
 
-    def write_rows(self, variable: Any, indices: Any, values: Any) -> None:
-        """Assign rows of a replica; all, if `indices` is `None`."""
+    def write_rows(
+        self, variables: Sequence[Any], indices: Any, values: Sequence[Any]
+    ) -> None:
+        """Assign the same rows of some replicas; all, if `indices` is `None`."""
 
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""

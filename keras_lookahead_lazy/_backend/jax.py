@@ -94,12 +94,22 @@ def read_rows(variable: keras.Variable, indices: Any) -> jax.Array:
     return value if indices is None else value.at[indices].get(mode="clip")
 
 
-def write_rows(variable: keras.Variable, indices: Any, values: jax.Array) -> None:
+def write_rows(
+    variables: Sequence[keras.Variable], indices: Any, values: Sequence[jax.Array]
+) -> None:
+    """All before anything else is done with one of them.
+
+    TPUs' compiler would put a sync between two, and keep the rows of the second.
+    """
     if indices is not None:
-        values = variable.value.at[indices].set(
-            values, mode="drop", indices_are_sorted=True
-        )
-    variable.assign(values)
+        values = [
+            variable.value.at[indices].set(value, mode="drop", indices_are_sorted=True)
+            for variable, value in zip(variables, values, strict=True)
+        ]
+        if isinstance(indices, jax.core.Tracer):
+            values = jax.lax.optimization_barrier(values)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:

@@ -122,11 +122,14 @@ def read_rows(variable: tf.Variable, indices: Any) -> tf.Tensor:
     return variable.sparse_read(indices)
 
 
-def write_rows(variable: tf.Variable, indices: Any, values: Any) -> None:
-    if indices is None:
-        variable.assign(values, read_value=False)
-    else:
-        variable.scatter_update(tf.IndexedSlices(values, indices))
+def write_rows(
+    variables: Sequence[tf.Variable], indices: Any, values: Sequence[tf.Tensor]
+) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        if indices is None:
+            variable.assign(value, read_value=False)
+        else:
+            variable.scatter_update(tf.IndexedSlices(value, indices))
 
 
 def row_layout(variable: keras.Variable) -> None:
@@ -149,8 +152,7 @@ def update_if(
 ) -> None:
     def update(*variables: tf.Variable) -> None:
         values = [read_rows(variable, None) for variable in variables]
-        for variable, value in zip(variables, function(*values), strict=True):
-            write_rows(variable, None, value)
+        write_rows(variables, None, function(*values))
 
     _update_groups_if(predicate, groups, update)
 
@@ -225,16 +227,14 @@ def sync_rows_if(
 
         def sync_rows(rows: tf.Tensor) -> None:
             points = sync(read_rows(fast, rows), read_rows(slow, rows))
-            for variable, point in zip((fast, slow), points, strict=True):
-                write_rows(variable, rows, point)
+            write_rows((fast, slow), rows, points)
 
         def sync_all() -> None:
             old = read_rows(fast, None), read_rows(slow, None)
             is_moved = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
-            for variable, before, point in zip(
-                (fast, slow), old, sync(*old), strict=True
-            ):
-                write_rows(variable, None, tf.where(is_moved, point, before))
+            pairs = zip(sync(*old), old, strict=True)
+            points = [tf.where(is_moved, point, before) for point, before in pairs]
+            write_rows((fast, slow), None, points)
 
         def sync_few() -> None:
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)
