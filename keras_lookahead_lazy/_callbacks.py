@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_lookahead_lazy import _keras
+from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._lookahead import Lookahead
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
@@ -26,6 +28,12 @@ class SlowWeights(keras.callbacks.Callback):
     `ModelCheckpoint` saves the fast weights, unless `save_best_slow_weights`, and
     `BackupAndRestore` always.
 
+    With a `prefix`, `fit` validates on the fast weights as it does without the
+    callback, and then once more on the slow ones, which takes as long again. Their
+    metrics join the epoch's logs for the callbacks that come later in the list, and
+    for the progress bar and `History`. `EarlyStopping` and `ModelCheckpoint` then keep
+    slow weights where they monitor a metric with the prefix.
+
     Example:
 
     >>> import keras, numpy as np
@@ -44,8 +52,13 @@ class SlowWeights(keras.callbacks.Callback):
         save_best_slow_weights: whether `ModelCheckpoint(save_best_only=True)` saves
             the model with its slow weights at the end of an epoch: the model to use,
             not one to train further. Defaults to `False`.
+        prefix: what names of metrics on the slow weights begin with in `fit`:
+            `"slow_"` gives `slow_val_loss` beside a `val_loss` of the fast weights.
+            Defaults to `None`: `val_loss` is of the slow weights. What `evaluate` and
+            `predict` do with the callback is the same in both.
 
     Raises:
+        TypeError: `prefix` is not a string, or an empty one.
         ValueError: in the beginning of `fit`, `evaluate` or `predict`, if the model's
             optimizer has no Lookahead in it, or if
             `keras.callbacks.SwapEMAWeights` is in the same list.
@@ -53,12 +66,23 @@ class SlowWeights(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, end_on_slow_weights: bool = False, save_best_slow_weights: bool = False
+        self,
+        end_on_slow_weights: bool = False,
+        save_best_slow_weights: bool = False,
+        prefix: str | None = None,
     ) -> None:
         super().__init__()
+        if prefix is not None and not (isinstance(prefix, str) and prefix):
+            raise TypeError(
+                "`prefix` is what names of metrics on the slow weights begin with, "
+                f"such as prefix='slow_'. Received: prefix={prefix!r}."
+            )
         self.end_on_slow_weights = end_on_slow_weights
         self.save_best_slow_weights = save_best_slow_weights
+        self.prefix = prefix
         self._restoring: list[keras.callbacks.EarlyStopping] = []
+        self._callbacks_of_fit: list | None = None
+        self._is_validated = False
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -71,8 +95,9 @@ class SlowWeights(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         lookahead = find_lookahead(self.model)
-        self._restoring = []
+        self._restoring, self._is_validated = [], False
         _, callbacks = _keras.caller_of_callbacks()
+        self._callbacks_of_fit = callbacks
         for i, callback in enumerate(callbacks):
             if self._keeps_the_best(callback):
                 callbacks[i] = _OnSlowWeights(callback, lookahead)
@@ -80,6 +105,10 @@ class SlowWeights(keras.callbacks.Callback):
                 self._restoring.append(callback)
 
     def _keeps_the_best(self, callback: keras.callbacks.Callback) -> bool:
+        """Whether a callback keeps slow weights, those of the best epoch."""
+        monitored = getattr(callback, "monitor", "")
+        if self.prefix and not monitored.startswith(self.prefix):
+            return False
         if isinstance(callback, keras.callbacks.ModelCheckpoint):
             return self.save_best_slow_weights and callback.save_best_only
         return (
@@ -87,7 +116,15 @@ class SlowWeights(keras.callbacks.Callback):
             and callback.restore_best_weights
         )
 
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self._is_validated and logs is not None:
+            with find_lookahead(self.model).slow_weights(self.model):
+                metrics = _validate_again(self.model)
+            logs.update({f"{self.prefix}val_{k}": v for k, v in metrics.items()})
+        self._is_validated = False
+
     def on_train_end(self, logs: dict | None = None) -> None:
+        self._callbacks_of_fit = None
         lookahead = find_lookahead(self.model)
         # Restored just before this, or right after it.
         if any(callback.best_weights is not None for callback in self._restoring):
@@ -96,7 +133,10 @@ class SlowWeights(keras.callbacks.Callback):
             lookahead.load_slow_weights(self.model)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        frame, _ = _keras.caller_of_callbacks()
+        frame, callbacks = _keras.caller_of_callbacks()
+        if self.prefix and callbacks is self._callbacks_of_fit:
+            self._is_validated = True
+            return
         SlowWeightsInModel(
             find_lookahead(self.model), self.model, evaluation=frame
         ).__enter__()
@@ -128,6 +168,18 @@ class _OnSlowWeights:
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         with self._lookahead.slow_weights(self._callback.model):
             self._callback.on_epoch_end(epoch, logs)
+
+
+def _validate_again(model: keras.Model) -> dict[str, float]:
+    """Metrics on `fit`'s validation data; training goes on as without them."""
+    weights = {id(weight) for weight in model.weights}
+    seeds = [v for v in model.variables if id(v) not in weights]
+    state = [(v, ops.copy(v)) for v in [*seeds, *model.metrics_variables]]
+    with engine.keeping_random_state():
+        metrics = _keras.validate_again(model)
+    for variable, value in state:
+        variable.assign(value)
+    return metrics
 
 
 def find_lookahead(model: keras.Model) -> Lookahead:

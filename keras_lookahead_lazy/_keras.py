@@ -432,6 +432,15 @@ def caller_of_callbacks() -> tuple[FrameType | None, list]:
     return frame, callbacks
 
 
+def validate_again(model: keras.Model) -> dict[str, float]:
+    """Metrics on the validation data of the `fit` that is running.
+
+    Keras tells callbacks nothing of those data, but keeps the iterator that its own
+    validation went through until `fit` ends.
+    """
+    return model.evaluate(verbose=0, return_dict=True, _use_cached_eval_dataset=True)
+
+
 def is_saving_or_loading() -> bool:
     """Whether Keras reads or writes a file, and this is called from there.
 

@@ -565,6 +565,141 @@ def test_backup_and_restore(order, tmp_path):
     assert_same_bits(state(model), state(whole))
 
 
+# Slow metrics beside the fast ones
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_prefix_validates_on_both(case):
+    """The usual names are of the fast weights, those with the prefix of the slow."""
+    optimizer, recorder = WRAPPED[case](), Recorder()
+    model = make_model(optimizer, metrics=["mae"])
+    history = fit(
+        model,
+        [recorder, SlowWeights(prefix="slow_")],
+        epochs=3,
+        validation_data=make_data(seed=6),
+        validation_batch_size=BATCH,
+        validation_freq=2,
+    ).history
+    plain = make_model("sgd", metrics=["mae"])
+    updates = 2 * STEPS  # the second epoch is the only one that is validated
+    assert updates % optimizer.k
+    for prefix, step in ("", updates), ("slow_", updates - updates % optimizer.k):
+        plain.set_weights(recorder.weights[step])
+        ours = [history[f"{prefix}val_loss"], history[f"{prefix}val_mae"]]
+        assert ours == [[pytest.approx(value, rel=1e-6)] for value in evaluate(plain)]
+
+
+class Noise(keras.layers.Layer):
+    """Draws in training and in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(7)
+
+    def call(self, x):
+        noise = keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
+        return x + 0.1 * noise
+
+
+def fit_drawing(callbacks):
+    """A model that draws in every call, fitted on shuffled samples."""
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(12, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.3, seed=1),
+            Noise(),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(Lookahead(adam(), k=3), "mse", metrics=["mae"])
+    x, y = make_data()
+    history = model.fit(
+        x,
+        y,
+        batch_size=BATCH,
+        epochs=3,
+        validation_split=0.25,
+        callbacks=callbacks,
+        verbose=0,
+    ).history
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    return history, numpy(variables)
+
+
+def test_training_is_the_same_with_the_prefix():
+    """Weights, slots, seeds, metrics, and the order in which samples come."""
+    without, variables = fit_drawing([])
+    history, ours = fit_drawing([SlowWeights(prefix="slow_")])
+    assert {name for name in history if name.startswith("slow_")} == {
+        "slow_val_loss",
+        "slow_val_mae",
+    }
+    assert {name: history[name] for name in without} == without
+    assert_same_bits(ours, variables)
+
+
+class SetLosses(keras.callbacks.Callback):
+    """Logs for which the second epoch's slow weights are the best, the third's fast."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        assert {"val_loss", "slow_val_loss"} <= set(logs)
+        logs["slow_val_loss"] = [0.5, 0.1, 0.3, 0.4][epoch]
+        logs["val_loss"] = [0.5, 0.4, 0.1, 0.3][epoch]
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "slow_val_loss"])
+def test_callbacks_that_monitor_with_a_prefix(monitor, tmp_path):
+    """They keep the weights of which the metric is."""
+    optimizer, recorder = WRAPPED["Lookahead"](), Recorder()
+    file = tmp_path / "best.weights.h5"
+    stop = keras.callbacks.EarlyStopping(
+        monitor, mode="min", patience=9, restore_best_weights=True
+    )
+    save = keras.callbacks.ModelCheckpoint(
+        file, monitor, mode="min", save_best_only=True, save_weights_only=True
+    )
+    slow = SlowWeights(prefix="slow_", save_best_slow_weights=True)
+    model = make_model(optimizer, **QUICK)
+    callbacks = [recorder, slow, SetLosses(), stop, save]
+    validation = {"validation_data": make_data(seed=6)}
+    fit(model, callbacks, epochs=4, steps=7, **validation)
+    best = 14 - 14 % optimizer.k if monitor == "slow_val_loss" else 21
+    assert best % 7 or monitor == "val_loss"
+    assert_same_bits(model.get_weights(), recorder.weights[best])
+    model.load_weights(file)
+    assert_same_bits(model.get_weights(), recorder.weights[best])
+
+
+def test_prefix_is_shown_in_the_progress_bar(capsys):
+    model = make_model(WRAPPED["both"](), **QUICK)
+    data = {"validation_data": make_data(seed=6)}
+    model.fit(*make_data(), callbacks=[SlowWeights(prefix="slow_")], **data, verbose=2)
+    (loss,) = model.history.history["slow_val_loss"]
+    assert f"slow_val_loss: {loss:.4f}" in capsys.readouterr().out
+
+
+def test_prefix_in_evaluate_and_predict():
+    """They have one result, which is that of the slow weights."""
+    model = make_model(WRAPPED["Lookahead"](), **QUICK)
+    fit(model, [callback := SlowWeights(prefix="slow_")], steps=7)
+    data = make_data(seed=6)
+    with model.optimizer.slow_weights(model):
+        loss, prediction = evaluate(model), model.predict(data[0], verbose=0)
+    how = {"verbose": 0, "callbacks": [callback]}
+    assert model.evaluate(*data, batch_size=BATCH, **how) == pytest.approx(loss)
+    assert_same_bits([model.predict(data[0], **how)], [prediction])
+
+
+@pytest.mark.parametrize("prefix", ["", 3])
+def test_no_prefix(prefix):
+    with pytest.raises(TypeError, match=r"prefix='slow_'.*Received"):
+        SlowWeights(prefix=prefix)
+
+
 # inject
 
 

@@ -174,6 +174,9 @@ class Engine(Protocol):
     def outside_graph(self) -> AbstractContextManager:
         """A context in which operations run at once, also while others are recorded."""
 
+    def keeping_random_state(self) -> AbstractContextManager:
+        """A context in which going through data takes no random numbers from others."""
+
 
 if TYPE_CHECKING:
     from keras_lookahead_lazy._backend import jax, tensorflow, torch

@@ -310,3 +310,8 @@ def store_state(model: keras.Model) -> None:
 def outside_graph() -> contextlib.AbstractContextManager:
     """Any: optimizers are built where nothing is traced."""
     return contextlib.nullcontext()
+
+
+def keeping_random_state() -> contextlib.AbstractContextManager:
+    """Any: Keras draws from NumPy's generator, and only to shuffle."""
+    return contextlib.nullcontext()

@@ -276,3 +276,8 @@ def store_state(model: keras.Model) -> None:
 
 def outside_graph() -> contextlib.AbstractContextManager:
     return tf.init_scope()
+
+
+def keeping_random_state() -> contextlib.AbstractContextManager:
+    """Any: a dataset has a generator of its own."""
+    return contextlib.nullcontext()

@@ -225,3 +225,8 @@ def store_state(model: keras.Model) -> None:
 def outside_graph() -> contextlib.AbstractContextManager:
     """Any: optimizers are built where nothing is recorded."""
     return contextlib.nullcontext()
+
+
+def keeping_random_state() -> contextlib.AbstractContextManager:
+    """Each pass of a `DataLoader` draws from the generator that others shuffle with."""
+    return torch.random.fork_rng(devices=[])
