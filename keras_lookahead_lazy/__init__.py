@@ -1,8 +1,16 @@
 """Lookahead and lazy optimizers for Keras 3."""
 
 from keras_lookahead_lazy._callbacks import SlowWeights, inject
+from keras_lookahead_lazy._insight import Insight
 from keras_lookahead_lazy._lazy import LazyOptimizer
 from keras_lookahead_lazy._lookahead import Lookahead
 from keras_lookahead_lazy._version import __version__
 
-__all__ = ["LazyOptimizer", "Lookahead", "SlowWeights", "__version__", "inject"]
+__all__ = [
+    "Insight",
+    "LazyOptimizer",
+    "Lookahead",
+    "SlowWeights",
+    "__version__",
+    "inject",
+]

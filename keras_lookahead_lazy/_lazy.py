@@ -122,12 +122,13 @@ class LazyOptimizer(OptimizerWrapper):
         `"masked: ..."`: on the whole table with the result masked, and why.
         """
         tables, dense = self._tables.values(), self._why_gradients_are_dense()
-        names = _tables.unique_names(
-            [table.variable for table in tables], _keras.weights(self)
-        )
         reasons = [table.reason or dense for table in tables]
         forms = [f"masked: {reason}" if reason else "rows" for reason in reasons]
-        return dict(zip(names, forms, strict=True))
+        return dict(zip(self._table_names(), forms, strict=True))
+
+    def _table_names(self) -> list[str]:
+        tables = [table.variable for table in self._tables.values()]
+        return _tables.unique_names(tables, _keras.weights(self))
 
     def _why_gradients_are_dense(self) -> str | None:
         if self.gradient_accumulation_steps:
@@ -367,6 +368,20 @@ class LazyOptimizer(OptimizerWrapper):
             self.catch_up()
 
     # Which rows moved
+
+    def count_updates(self) -> int:
+        """The number of updates so far, outside of a step."""
+        return int(ops.convert_to_numpy(self._counter))
+
+    def sampled_shares(self, since: int) -> dict[str, float]:
+        """The share of each table's rows that was sampled after update `since`."""
+        counts = [
+            ops.count_nonzero(table.moved.last_update.value > since)
+            for table in self._tables.values()
+        ]
+        rows = [table.variable.shape[0] for table in self._tables.values()]
+        shares = [int(n) / size for n, size in zip(counts, rows, strict=True)]
+        return dict(zip(self._table_names(), shares, strict=True))
 
     def keep_slow_rows(
         self, pairs: Sequence[tuple], updates_in_cycle: Callable[[], Any]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _arguments, _keras
@@ -198,6 +200,25 @@ class Lookahead(OptimizerWrapper):
             return ops.convert_to_tensor(slow)
         is_moved = moved.last_update.value > moved.since(self.updates_in_cycle())
         return where(is_moved, slow.value, fast.value)
+
+    def distance(self) -> float:
+        """The L2 norm of fast minus slow weights, over all of them."""
+        if int(ops.convert_to_numpy(self._counter)) == 0:
+            return 0.0
+        squares = []
+        for fast, slow in self._pairs:
+            difference = ops.stop_gradient(self._difference(fast, slow))
+            squares.append(ops.sum(ops.square(ops.cast(difference, "float32"))))
+        return math.sqrt(sum(float(ops.convert_to_numpy(each)) for each in squares))
+
+    def _difference(self, fast: keras.Variable, slow: keras.Variable) -> Any:
+        """Fast minus slow weights; of a lazy table, in the rows where it is not 0."""
+        moved = self._moved(fast)
+        if moved is None:
+            return fast - slow
+        is_moved = moved.last_update.value > moved.since(self.updates_in_cycle())
+        rows = np.flatnonzero(ops.convert_to_numpy(is_moved))
+        return ops.take(fast, rows, axis=0) - ops.take(slow, rows, axis=0)
 
     def begin_cycle(self) -> None:
         """Take the next update for the first, here and inside."""

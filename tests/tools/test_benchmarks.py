@@ -56,3 +56,11 @@ def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
     report = run(tmp_path, "--backends", "torch", "--only", "x-*")
     assert report["goals"] == []
     assert report["workers"] == {}
+
+
+def test_the_cost_of_insight(tmp_path: Path) -> None:
+    command = "-m", "benchmarks.insight", "--vocabulary", "1000", "--width", "4"
+    run_python(*command, "--output", tmp_path)
+    report = json.loads((tmp_path / f"insight-{BACKEND}.json").read_text())
+    assert 0 < report["step_ms"]
+    assert report["steps"] == report["epoch_end_ms"] / report["step_ms"]

@@ -1,0 +1,84 @@
+"""What the wrappers do, in the logs of each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._keras import chain
+from keras_lookahead_lazy._lazy import LazyOptimizer
+from keras_lookahead_lazy._lookahead import Lookahead
+
+
+class Insight(keras.callbacks.Callback):
+    r"""Adds to an epoch's logs how far Lookahead steps and which rows are sampled.
+
+    The logs are in `History`, the progress bar, and the callbacks that come later in
+    the list, such as `TensorBoard`:
+
+    - `fast_slow_distance`: \(\lVert \theta - \phi \rVert_2\) over all weights when the
+      epoch ends, \(\theta\) being the fast and \(\phi\) the slow ones.
+    - `updates_since_sync`: how many updates have led there from the last sync. Where
+      it is 0, so is the distance: let the epoch's steps be no multiple of `k`.
+    - `sampled/TABLE`, for each table of a `LazyOptimizer`: the share of its rows that
+      was sampled in the epoch.
+    - `never_sampled/TABLE`: the share that has not been sampled since the optimizer
+      was made, also in a training that was saved and goes on.
+
+    A training step does nothing for this. The end of an epoch reads fast and slow
+    weights once, and for each row of a table one number, which the optimizer keeps
+    anyway.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_lookahead_lazy import Insight, LazyOptimizer, Lookahead
+    >>> words = keras.layers.Embedding(10, 4, name="words")
+    >>> model = keras.Sequential([words, keras.layers.Flatten(), keras.layers.Dense(1)])
+    >>> model.compile(optimizer=Lookahead(LazyOptimizer("adam")), loss="mse")
+    >>> ids, y = np.array([[1, 2], [2, 3]]), np.ones((2, 1))
+    >>> history = model.fit(ids, y, callbacks=[Insight()], verbose=0).history
+    >>> sampled = [name for name in history if name.startswith("sampled/")]
+    >>> [round(history[name][0], 3) for name in sampled]
+    [0.3]
+
+    Raises:
+        ValueError: in the beginning of `fit`, if the model's optimizer is neither a
+            Lookahead nor a LazyOptimizer, nor has one inside.
+    """
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        optimizers = chain(self.model.optimizer)
+        self._lookahead = _first(optimizers, Lookahead)
+        self._lazy = _first(optimizers, LazyOptimizer)
+        if self._lookahead is None and self._lazy is None:
+            raise ValueError(
+                "Insight tells of Lookahead and LazyOptimizer, and the model's "
+                f"optimizer is {type(self.model.optimizer).__name__}. Compile the "
+                "model with Lookahead(...) or LazyOptimizer(...), or remove Insight "
+                "from the callbacks."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        if self._lazy is not None:
+            engine.store_state(self.model)
+            self._updates_before = self._lazy.count_updates()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is None:
+            return
+        engine.store_state(self.model)
+        if self._lookahead is not None:
+            logs["fast_slow_distance"] = self._lookahead.distance()
+            logs["updates_since_sync"] = int(self._lookahead.updates_in_cycle())
+        if self._lazy is not None:
+            in_epoch = self._lazy.sampled_shares(self._updates_before)
+            ever = self._lazy.sampled_shares(0)
+            logs.update({f"sampled/{name}": share for name, share in in_epoch.items()})
+            logs.update({f"never_sampled/{n}": 1 - share for n, share in ever.items()})
+
+
+def _first(optimizers: list, cls: type) -> Any:
+    return next((each for each in optimizers if isinstance(each, cls)), None)
