@@ -120,9 +120,39 @@ def config_with_any_learning_rate(optimizer: keras.Optimizer) -> dict[str, Any]:
 
     A lambda there can be serialized, with a warning, but not loaded.
     """
+    return _stand_in(optimizer, _learning_rate=None).get_config()
+
+
+def config_without_state(optimizer: keras.Optimizer) -> dict[str, Any]:
+    """An optimizer's config, for which no variable is read."""
+    state = {"_learning_rate": None}
+    if inner(optimizer) is not None:  # whose config would be a part of this
+        state["inner_optimizer"] = None
+    config = _stand_in(optimizer, **state).get_config()
+    config.pop("learning_rate", None)
+    return config
+
+
+def _stand_in(optimizer: keras.Optimizer, **attributes: Any) -> keras.Optimizer:
+    """What shares everything with an optimizer but some attributes."""
     stand_in = object.__new__(type(optimizer))
-    vars(stand_in).update(vars(optimizer), _learning_rate=None)
-    return stand_in.get_config()
+    vars(stand_in).update(vars(optimizer), **attributes)
+    return stand_in
+
+
+def learning_rate(optimizer: keras.Optimizer) -> Any:
+    """What an optimizer has its learning rate from: a variable, a schedule, a function.
+
+    The public attribute would compute a schedule's value.
+    """
+    return optimizer._learning_rate
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """The value of a variable or tensor, without recording an operation."""
+    if isinstance(value, keras.Variable):
+        return np.asarray(value.numpy())
+    return np.asarray(ops.convert_to_numpy(value))
 
 
 def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:

@@ -400,17 +400,12 @@ class LazyOptimizer(OptimizerWrapper):
                 self.catch_up()
                 moved.last_update.assign(ops.zeros_like(moved.last_update.value))
 
-    def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor, serialized."""
+    def _own_settings(self) -> dict[str, Any]:
         tables = [table.variable for table in self._tables.values()]
         names = _tables.source_names(
             self._sources, tables, _keras.weights(self), self._frozen
         )
-        return {
-            **super().get_config(),
-            "embedding_layers": names,
-            "moments": self._moments,
-        }
+        return {"embedding_layers": names, "moments": self._moments}
 
 
 _MOMENTS_SAY = "what the slots of rows that were not sampled do"

@@ -53,6 +53,8 @@ class Lookahead(OptimizerWrapper):
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> optimizer = Lookahead(keras.optimizers.Adam(1e-3), k=5, alpha=0.5)
     >>> model.compile(optimizer=optimizer, loss="mse")
+    >>> optimizer
+    Lookahead(Adam(learning_rate=0.001), k=5, alpha=0.5, inner_state='maintain')
 
     Args:
         optimizer: the inner optimizer: a Keras optimizer, its name or its config.
@@ -318,14 +320,8 @@ class Lookahead(OptimizerWrapper):
                 "Compile the model with it, and build or fit the model, first."
             )
 
-    def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor, serialized."""
-        return {
-            **super().get_config(),
-            "k": self.k,
-            "alpha": self.alpha,
-            "inner_state": self.inner_state,
-        }
+    def _own_settings(self) -> dict[str, Any]:
+        return {"k": self.k, "alpha": self.alpha, "inner_state": self.inner_state}
 
 
 def _initial_values(

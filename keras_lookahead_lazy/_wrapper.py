@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _arguments, _keras
+from keras_lookahead_lazy import _arguments, _keras, _repr
 from keras_lookahead_lazy._backend import check_backend, engine
 from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
@@ -360,11 +360,25 @@ class OptimizerWrapper(keras.Optimizer):
         for i, variable in enumerate(super().variables):
             variable.assign(store[str(i)])
 
+    def __repr__(self) -> str:
+        """The nesting as one would write it."""
+        try:
+            settings = self._own_settings().items()
+            given = {name: repr(value) for name, value in settings if value is not None}
+            return _repr.call(type(self), given, _repr.written(self._inner))
+        except Exception:  # such as in a constructor that has not finished
+            return object.__repr__(self)
+
+    def _own_settings(self) -> dict[str, Any]:
+        """The arguments of the constructor, but for the optimizer and the name."""
+        return {}
+
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, serialized."""
         return {
             "name": self.name,
             "optimizer": _keras.serialize(self._inner),
+            **self._own_settings(),
         }
 
     @classmethod

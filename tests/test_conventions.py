@@ -7,6 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from harness import BACKEND, make, name_of
+from harness import OPTIMIZERS as INNER
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
@@ -115,6 +117,150 @@ def test_summary_counts_the_optimizers_parameters():
     assert VOCABULARY + 1 <= lazy - adam <= VOCABULARY + 3
     both = optimizer_parameters(Lookahead(LazyOptimizer("adam")))
     assert both - lazy == lookahead - adam
+
+
+# repr
+
+
+def evaluated(text: str) -> keras.Optimizer:
+    """The optimizer that a `repr` is the code of."""
+    names = {**vars(keras.optimizers), **vars(keras.optimizers.schedules)}
+    return eval(text, {**names, "LazyOptimizer": LazyOptimizer, "Lookahead": Lookahead})
+
+
+def config(optimizer: keras.Optimizer) -> str:
+    """What an optimizer is made from, without names, which count up."""
+    text = json.dumps(keras.optimizers.serialize(optimizer))
+    return re.sub(r'"name": ".*?", ', "", text)
+
+
+@pytest.mark.parametrize("case", INNER, ids=name_of)
+def test_repr_is_the_code_of_the_optimizer(case):
+    lazy = LazyOptimizer(make(case), ["words"], moments="freeze")
+    optimizer = Lookahead(Lookahead(lazy, alpha=0.3), k=2, inner_state="interpolate")
+    again = evaluated(repr(optimizer))
+    assert config(again) == config(optimizer)
+    assert repr(again) == repr(optimizer)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_repr(built):
+    schedule = keras.optimizers.schedules.CosineDecay(0.5, 100, alpha=0.25)
+    sgd = keras.optimizers.SGD(schedule, momentum=0.5, clipnorm=1.0)
+    scaled = keras.optimizers.LossScaleOptimizer(sgd, initial_scale=4.0)
+    optimizer = Lookahead(LazyOptimizer(scaled), k=3)
+    if built:
+        trained(make_model(), optimizer)
+    assert repr(optimizer) == (
+        "Lookahead(LazyOptimizer(LossScaleOptimizer(SGD("
+        "learning_rate=CosineDecay(initial_learning_rate=0.5, decay_steps=100, "
+        "alpha=0.25), clipnorm=1.0, momentum=0.5), initial_scale=4.0), "
+        "moments='decay'), k=3, alpha=0.5, inner_state='maintain')"
+    )
+
+
+def test_repr_has_the_learning_rate_and_the_tables_of_now():
+    words = keras.layers.Embedding(7, 2, name="words")
+    optimizer = LazyOptimizer("adam", [words])
+    assert repr(optimizer) == (
+        "LazyOptimizer(Adam(learning_rate=0.001), embedding_layers=['words'], "
+        "moments='decay')"
+    )
+    optimizer.learning_rate = 0.25
+    optimizer.moments = "freeze"
+    words.build()
+    optimizer.build([words.embeddings])
+    assert repr(optimizer) == (
+        "LazyOptimizer(Adam(learning_rate=0.25), "
+        "embedding_layers=['words/embeddings:0'], moments='freeze')"
+    )
+
+
+def test_repr_of_a_function_as_learning_rate():
+    def rate():
+        raise AssertionError("called")
+
+    optimizer = Lookahead(keras.optimizers.SGD(rate))
+    assert repr(optimizer).startswith("Lookahead(SGD(learning_rate=rate), k=5")
+
+
+def test_repr_of_a_users_optimizer():
+    class Mine(keras.optimizers.SGD):
+        def __init__(self, scale, **arguments):
+            super().__init__(**arguments)
+            self.scale = scale
+
+        def get_config(self):
+            return {**super().get_config(), "scale": self.scale}
+
+    class Without(keras.optimizers.SGD):
+        def get_config(self):
+            raise NotImplementedError
+
+    scale = keras.ops.ones((2, 3))
+    assert repr(Lookahead(Mine(scale, momentum=0.5))).startswith(
+        "Lookahead(Mine(learning_rate=0.01, momentum=0.5, "
+        "scale=<array of shape (2, 3)>), k=5"
+    )
+    assert repr(Lookahead(Without(0.5))).startswith("Lookahead(Without(learning_rate=0")
+
+
+def test_repr_of_what_was_not_made():
+    assert "Lookahead object at" in repr(object.__new__(Lookahead))
+
+
+class Repr(keras.callbacks.Callback):
+    """The optimizer's `repr` where a step may hold its state."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.shown = repr(self.model.optimizer)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_repr_in_training(eagerly, monkeypatch):
+    """It neither fails within a step, nor works on slots, nor changes the training."""
+    shown: list[str] = []
+
+    class Mine(keras.optimizers.Adam):
+        def update_step(self, *arguments):
+            if callbacks:
+                shown.append(repr(optimizer))
+            super().update_step(*arguments)
+
+    weights = []
+    for callbacks in [], [callback := Repr()]:
+        optimizer = Lookahead(LazyOptimizer(Mine(0.25)))
+        model = make_model()
+        eager = eagerly and BACKEND != "jax"
+        model.compile(optimizer, "mse", run_eagerly=eager)
+        if callbacks:
+            monkeypatch.setattr(LazyOptimizer, "catch_up", None)
+        model.fit(IDS, TARGETS, 4, callbacks=callbacks, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    assert_equal(*weights)
+    for text in [*shown, callback.shown]:
+        rate = re.fullmatch(
+            r"Lookahead\(LazyOptimizer\(Mine\(learning_rate=(.*?)\), "
+            r"moments='decay'\), k=5, alpha=0.5, inner_state='maintain'\)",
+            text,
+        )
+        assert rate
+        assert rate[1] in ("0.25", "...")
+    assert "Mine(learning_rate=0.25)" in repr(optimizer)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX tells what it compiles")
+def test_repr_compiles_nothing(caplog):
+    import jax
+
+    optimizer = Lookahead(LazyOptimizer(keras.optimizers.Adam(0.1)))
+    trained(make_model(), optimizer)
+    jax.clear_caches()
+    with jax.log_compiles():
+        repr(optimizer)
+        assert not caplog.records
+        jax.jit(lambda x: x + 1)(1)
+        assert caplog.records
 
 
 def test_a_search_over_k_and_alpha(capsys, monkeypatch):
