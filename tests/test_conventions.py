@@ -112,11 +112,26 @@ def test_summary_counts_the_optimizers_parameters():
     assert lookahead == adam + WEIGHTS + 1
     interpolated = optimizer_parameters(Lookahead("adam", inner_state="interpolate"))
     assert interpolated == lookahead + 2 * WEIGHTS
-    # A number for each row, and a few for all.
+    # A number for each row, one for the table, and the updates.
     lazy = optimizer_parameters(LazyOptimizer("adam"))
-    assert VOCABULARY + 1 <= lazy - adam <= VOCABULARY + 3
+    assert lazy == adam + VOCABULARY + 2
     both = optimizer_parameters(Lookahead(LazyOptimizer("adam")))
-    assert both - lazy == lookahead - adam
+    assert both == lazy + WEIGHTS + 1
+    three = optimizer_parameters(Lookahead(Lookahead(LazyOptimizer("adam"))))
+    assert three == both + WEIGHTS + 1
+
+
+@pytest.mark.parametrize("place", ["outside", "inside"])
+def test_summary_counts_with_loss_scaling(place):
+    scaling = keras.optimizers.LossScaleOptimizer
+    plain = optimizer_parameters(keras.optimizers.Adam())
+    scaled = optimizer_parameters(scaling(keras.optimizers.Adam()))
+    if place == "outside":
+        nested = scaling(Lookahead(LazyOptimizer("adam")))
+    else:
+        nested = Lookahead(LazyOptimizer(scaling(keras.optimizers.Adam())))
+    both = optimizer_parameters(Lookahead(LazyOptimizer("adam")))
+    assert optimizer_parameters(nested) == both + scaled - plain
 
 
 # repr
