@@ -66,6 +66,8 @@ def run(backend: str, which: list[str]) -> int:
         environment = {
             **os.environ,
             "KERAS_BACKEND": backend,
+            # A thread for each process: torch's wait for each other while they spin.
+            "OMP_NUM_THREADS": "1",
             # Many tests compile the same programs: JAX keeps one's for the others.
             "JAX_COMPILATION_CACHE_DIR": folder,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

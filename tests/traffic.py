@@ -122,7 +122,7 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
 
     keras.distribution.set_distribution(distribution)
     model = compiled_model(setting)
-    model.fit(*batch(), batch_size=BATCH, verbose=0)
+    model._symbolic_build(data_batch=batch())
     parts = (
         model.trainable_variables,
         model.non_trainable_variables,
