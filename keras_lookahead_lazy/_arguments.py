@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
+
+from keras_lookahead_lazy import _keras
 
 # What others call an argument of this package: TensorFlow Addons and optax; ports to
 # torch.
@@ -19,6 +22,18 @@ _OUR_NAMES = {
     "pullback_momentum": "inner_state",
 }
 _OUR_VALUES = {"none": "maintain", "pullback": "interpolate"}
+
+# Optimizers of these have names that Keras's have, too.
+_OTHER_LIBRARIES = ("optax", "tensorflow_addons", "tf_keras", "torch")
+
+# Which wrapper has an argument that was given to the other one.
+_OWNERS = {
+    "k": "Lookahead",
+    "alpha": "Lookahead",
+    "inner_state": "Lookahead",
+    "embedding_layers": "LazyOptimizer",
+    "moments": "LazyOptimizer",
+}
 
 
 def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:
@@ -39,6 +54,7 @@ def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> No
         if _OUR_NAMES.get(name) in own
     }
     settings = {name: v for name, v in unknown.items() if _accepts(type(inner), name)}
+    others = [name for name in unknown if name in _OWNERS]
     names = ", ".join(f"`{name}`" for name in unknown)
     message = f"{cls} takes no argument {names}."
     if renamed:
@@ -46,7 +62,10 @@ def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> No
     if settings:
         message += " Give what is meant for the inner optimizer to that one: "
         message += f"{cls}({inner_cls}({_written(settings)}), ...)."
-    if len(renamed) + len(settings) < len(unknown):
+    if others:
+        message += f" {_OWNERS[others[0]]} has {', '.join(f'`{n}`' for n in others)}: "
+        message += "Lookahead(LazyOptimizer(optimizer, embedding_layers, moments), k)."
+    if len(renamed) + len(settings) + len(others) < len(unknown):
         message += f" The arguments of {cls} are {', '.join(own)}."
     raise TypeError(message)
 
@@ -112,16 +131,130 @@ def check_alpha(alpha: Any) -> float:
 def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
     """The Keras optimizer that was given, or whose name or config was."""
     cls = wrapper.__name__
+    if isinstance(optimizer, dict) and "class_name" not in optimizer:
+        raise ValueError(
+            f"A config of an optimizer is what keras.optimizers.serialize(optimizer) "
+            f"gives. Received a dict with the keys {list(optimizer)}."
+        )
     if isinstance(optimizer, (str, dict)):
         return keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.Optimizer):
         return optimizer
-    what = (
-        f"the class {optimizer.__name__}; write {optimizer.__name__}()"
-        if isinstance(optimizer, type)
-        else f"{optimizer!r} of type {type(optimizer).__name__}"
-    )
     raise TypeError(
         f"{cls} wraps a Keras optimizer, given as an instance, a name or a "
-        f"config: {cls}(keras.optimizers.Adam(1e-3)). Received {what}."
+        f"config: {cls}(keras.optimizers.Adam(1e-3)). Received {_described(optimizer)}."
+    )
+
+
+def _described(given: Any) -> str:
+    """What came in the place of an optimizer, with what it may have been meant for."""
+    cls = given if isinstance(given, type) else type(given)
+    library = cls.__module__.partition(".")[0]
+    if library in _OTHER_LIBRARIES:
+        return (
+            f"{cls.__module__}.{cls.__name__}; what is of {library} cannot train a "
+            "model of Keras 3"
+        )
+    if isinstance(given, type) and issubclass(given, keras.Optimizer):
+        return f"the class {cls.__name__}; write {cls.__name__}()"
+    if isinstance(given, keras.Model):
+        return f"the model {given.name!r}; a model gets it in model.compile(...)"
+    if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
+        return f"the schedule {cls.__name__}; write Adam(schedule)"
+    return f"{shown(given)} of type {cls.__name__}"
+
+
+def shown(value: Any) -> str:
+    """What was received, in one line, however large it is."""
+    if hasattr(value, "shape") and not isinstance(value, keras.Variable):
+        return f"an array of shape {tuple(value.shape)}"
+    return _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def check_type(name: str, value: Any, cls: type, says: str) -> None:
+    """Raise `TypeError` for an argument that is no instance of a class."""
+    if not isinstance(value, cls):
+        raise TypeError(
+            f"`{name}` is {says}. Received: {shown(value)} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def check_weights(weights: Any) -> list:
+    """The weights to train, as a list, or an error."""
+    if isinstance(weights, keras.layers.Layer):
+        raise TypeError(
+            f"An optimizer takes weights, not the {type(weights).__name__} "
+            f"{weights.name!r} that has them: optimizer.build(model."
+            "trainable_variables)."
+        )
+    # A variable could be gone through like a list, row by row.
+    if _is_variable(weights) or not isinstance(weights, Iterable):
+        raise TypeError(
+            "An optimizer takes a list of weights: optimizer.build(model."
+            f"trainable_variables). Received {shown(weights)} of type "
+            f"{type(weights).__name__}."
+        )
+    weights = list(weights)
+    for weight in weights:
+        if not _is_variable(weight):
+            raise TypeError(
+                "An optimizer takes variables, such as model.trainable_variables. "
+                f"Received in the list: {shown(weight)} of type "
+                f"{type(weight).__name__}."
+            )
+    return weights
+
+
+def _is_variable(value: Any) -> bool:
+    """Whether it is a Keras variable, or a `tf.Variable`."""
+    return hasattr(value, "assign") and hasattr(value, "shape")
+
+
+def check_gradients(gradients: Any, weights: list) -> None:
+    """Raise an error about gradients, before anything has changed."""
+    if not isinstance(gradients, (list, tuple)) or any(
+        isinstance(gradient, tuple) for gradient in gradients
+    ):
+        raise TypeError(
+            "An optimizer takes a list of gradients and one of weights: "
+            "optimizer.apply(gradients, weights). Pairs of both go to "
+            f"optimizer.apply_gradients(pairs). Received {shown(gradients)} of type "
+            f"{type(gradients).__name__}."
+        )
+    if len(gradients) != len(weights):
+        raise ValueError(
+            "An optimizer takes a gradient for each weight, None where there is none. "
+            f"Received {len(gradients)} gradients for {len(weights)} weights."
+        )
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"No gradients: each of the {len(weights)} is None. Does the loss depend "
+            "on the weights?"
+        )
+    for gradient, weight in zip(gradients, weights, strict=True):
+        shape = _static_shape(gradient)
+        if shape is not None and not _fits(shape, tuple(weight.shape)):
+            raise ValueError(
+                f"A gradient has its weight's shape. That of {_keras.path(weight)} "
+                f"has shape {shape}; the weight has {tuple(weight.shape)}."
+            )
+
+
+def _static_shape(gradient: Any) -> tuple | None:
+    """The shape of a gradient, as far as it is known before TensorFlow runs."""
+    shape = getattr(gradient, "shape", None)
+    if shape is None or getattr(shape, "rank", 0) is None:
+        return None
+    return tuple(shape)
+
+
+def _fits(shape: tuple, expected: tuple) -> bool:
+    return len(shape) == len(expected) and all(
+        size is None or size == wanted
+        for size, wanted in zip(shape, expected, strict=True)
     )

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _keras
+from keras_lookahead_lazy._arguments import check_type
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._lookahead import Lookahead
@@ -72,6 +73,11 @@ class SlowWeights(keras.callbacks.Callback):
         prefix: str | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("end_on_slow_weights", end_on_slow_weights),
+            ("save_best_slow_weights", save_best_slow_weights),
+        ):
+            check_type(name, value, bool, "True or False, as in SlowWeights(True)")
         if prefix is not None and not (isinstance(prefix, str) and prefix):
             raise TypeError(
                 "`prefix` is what names of metrics on the slow weights begin with, "
@@ -227,6 +233,7 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         ValueError: the model is not compiled, its optimizer has a Lookahead already,
             or `k` or `alpha` is out of range.
     """
+    check_type("model", model, keras.Model, "a compiled model: inject(model)")
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
             f"The model {model.name!r} is not compiled. Call model.compile(...) "

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
-from keras_lookahead_lazy._arguments import check_choice
+from keras_lookahead_lazy._arguments import check_choice, check_weights
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._catch_up import MovedRows, SlowCopy
 from keras_lookahead_lazy._keras import chain
@@ -79,10 +79,10 @@ class LazyOptimizer(OptimizerWrapper):
         name: str | None = None,
         **misplaced: Any,
     ) -> None:
-        sources = _tables.check_sources(embedding_layers)
-        check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         super().__init__(optimizer, name, misplaced)
         _check_nesting(self._inner)
+        sources = _tables.check_sources(embedding_layers)
+        check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         self._moments = moments
         self._remember(_sources=sources, _frozen=[], _tables={}, _row_gradients={})
         self._steps_running = 0  # one for each replica within a step
@@ -147,7 +147,7 @@ class LazyOptimizer(OptimizerWrapper):
         """
         if self.built:
             return
-        variables = list(variables)
+        variables = check_weights(variables)
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         found, frozen = _tables.find_tables(self._sources, variables, weights)

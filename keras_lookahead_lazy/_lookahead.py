@@ -88,16 +88,15 @@ class Lookahead(OptimizerWrapper):
         name: str | None = None,
         **misplaced: Any,
     ) -> None:
-        k, alpha = _arguments.check_k(k), _arguments.check_alpha(alpha)
+        super().__init__(optimizer, name, misplaced)
+        self.k = _arguments.check_k(k)
+        self.alpha = _arguments.check_alpha(alpha)
         _arguments.check_choice(
             "inner_state",
             inner_state,
             INNER_STATES,
             "what a sync does to the inner optimizer's slots",
         )
-        super().__init__(optimizer, name, misplaced)
-        self.k = k
-        self.alpha = alpha
         self.inner_state = inner_state
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -108,22 +107,27 @@ class Lookahead(OptimizerWrapper):
         """
         if self.built:
             return
+        variables = _arguments.check_weights(variables)
+        initial_values: list[float] = []
+        if self.inner_state == "reset":  # which not every optimizer knows
+            innermost = _keras.innermost(self._inner)
+            initial_values = _initial_values(innermost, variables)
         super().build(variables)
-        self._make_slow_copies(_keras.weights(self))
+        self._make_slow_copies(_keras.weights(self), initial_values)
 
     @_keras.no_automatic_dependency_tracking
-    def _make_slow_copies(self, weights: list) -> None:
+    def _make_slow_copies(self, weights: list, initial_values: list[float]) -> None:
         # Zeros until the first update runs: only then are the weights known.
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
         self._moved_rows = self.keep_slow_rows(self._pairs, self.updates_in_cycle)
-        self._slot_pairs, self._reset_slots, self._initial_values = [], [], []
+        self._slot_pairs, self._reset_slots = [], []
+        self._initial_values = initial_values
         if self.inner_state == "interpolate":
             self._slot_pairs = self._with_slow_copies(slots)
         elif self.inner_state == "reset":
             self._reset_slots = slots
-            self._initial_values = _initial_values(innermost, weights)
 
     def _with_slow_copies(self, variables: list) -> list[tuple]:
         return [
@@ -311,6 +315,9 @@ class Lookahead(OptimizerWrapper):
             self._slow_weights_in.before_use(is_training)
 
     def _check_trains(self, model: keras.Model) -> None:
+        _arguments.check_type(
+            "model", model, keras.Model, "the model that this Lookahead trains"
+        )
         weights = {_keras.key(self, weight) for weight in model.variables}
         if not self.built or weights.isdisjoint(
             _keras.key(self, fast) for fast, _ in self._pairs

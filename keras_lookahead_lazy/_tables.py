@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import keras
 
 from keras_lookahead_lazy import _keras
+from keras_lookahead_lazy._arguments import shown
 
 # What `keras.layers.Embedding` calls its table, and the factor of it that has a
 # row for each token when LoRA is enabled.
@@ -26,7 +27,7 @@ def check_sources(sources: Any) -> list[Source] | None:
     ):
         raise TypeError(
             "`embedding_layers` is a list of Embedding layers, variables or names, "
-            f"or None for every Embedding layer. Received: {sources!r} of type "
+            f"or None for every Embedding layer. Received: {shown(sources)} of type "
             f"{type(sources).__name__}. Write embedding_layers=[...]."
         )
     if not sources:
@@ -37,6 +38,12 @@ def check_sources(sources: Any) -> list[Source] | None:
     for source in sources:
         if isinstance(source, keras.layers.Embedding):
             continue
+        if isinstance(source, keras.Model):
+            raise ValueError(
+                f"`embedding_layers` takes layers; {source.name!r} is a model. Pass "
+                "None for every Embedding layer in it, or "
+                "[model.get_layer(name), ...]."
+            )
         if isinstance(source, keras.layers.Layer):
             raise ValueError(
                 f"Layer {source.name!r} in `embedding_layers` is a "
@@ -52,7 +59,8 @@ def check_sources(sources: Any) -> list[Source] | None:
         elif not isinstance(source, str):
             raise TypeError(
                 "`embedding_layers` takes Embedding layers, variables and names. "
-                f"Received in the list: {source!r} of type {type(source).__name__}."
+                f"Received in the list: {shown(source)} of type "
+                f"{type(source).__name__}."
             )
     return list(sources)
 

@@ -127,7 +127,7 @@ class OptimizerWrapper(keras.Optimizer):
         """Create the inner optimizer's variables, then this wrapper's."""
         if self.built:
             return
-        variables = list(variables)
+        variables = _arguments.check_weights(variables)
         if not self._inner.built:
             self._inner.build(variables)
         self._check_known(variables, self._inner)
@@ -145,12 +145,20 @@ class OptimizerWrapper(keras.Optimizer):
                 is no update, as with Keras's own optimizers.
             trainable_variables: the variables; by default those of `build`.
         """
-        if len(grads) == 0:
+        if isinstance(grads, (list, tuple)) and len(grads) == 0:
             return
         if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-        self._build_on_first_use(trainable_variables)
-        self._check_known(trainable_variables or [], self)
+            trainable_variables = _arguments.check_weights(trainable_variables)
+        elif not self.built:
+            raise ValueError(
+                "The optimizer is not built and got gradients without variables. "
+                "Call optimizer.build(model.trainable_variables) first, or pass "
+                "the variables along with the gradients."
+            )
+        weights = trainable_variables or _keras.weights(self)
+        _arguments.check_gradients(grads, weights)
+        self._build_on_first_use(weights)
+        self._check_known(weights, self)
         arrays = (
             ops.convert_to_tensor(g) if isinstance(g, np.ndarray) else g for g in grads
         )
@@ -163,7 +171,8 @@ class OptimizerWrapper(keras.Optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
                 f"weights; it does not know {paths}. One optimizer trains one model: "
-                f"give each its own {type(self).__name__}(...)."
+                f"give each its own {type(self).__name__}(...), and a new one to a "
+                "model that has got new weights, or unfrozen ones, since."
             )
 
     def stateless_apply(
@@ -179,17 +188,10 @@ class OptimizerWrapper(keras.Optimizer):
         """One step. The optimizer is built, and there is a gradient at least."""
         raise NotImplementedError
 
-    def _build_on_first_use(self, variables: list | None) -> None:
-        if self.built:
-            return
-        if variables is None:
-            raise ValueError(
-                "The optimizer is not built and got gradients without variables. "
-                "Call optimizer.build(model.trainable_variables) first, or pass "
-                "the variables along with the gradients."
-            )
-        with keras.name_scope(self.name):
-            self.build(variables)
+    def _build_on_first_use(self, variables: list) -> None:
+        if not self.built:
+            with keras.name_scope(self.name):
+                self.build(variables)
 
     def _apply_inner(self, grads: list, variables: list | None) -> Any:
         """Let the inner optimizer work.
@@ -386,6 +388,11 @@ class OptimizerWrapper(keras.Optimizer):
         cls, config: dict[str, Any], custom_objects: dict | None = None
     ) -> OptimizerWrapper:
         """An unbuilt optimizer with the arguments in `config`."""
+        if "optimizer" not in config:
+            raise ValueError(
+                f"The config of a {cls.__name__} has that of the inner optimizer as "
+                f"'optimizer'. Received a config with the keys {list(config)}."
+            )
         config = dict(config)
         config["optimizer"] = keras.saving.deserialize_keras_object(
             config["optimizer"], custom_objects=custom_objects

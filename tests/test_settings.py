@@ -175,12 +175,18 @@ def test_constraint_stays_the_users():
     assert copy.embeddings_constraint.get_config() == constraint.get_config()
 
 
+class Fails(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        raise RuntimeError("in the step")
+
+
 def test_constraint_comes_back_after_an_error():
     constraint = keras.constraints.MaxNorm(0.9, axis=1)
-    optimizer = LazyOptimizer(keras.optimizers.Adam(0.1))
-    run = Run(optimizer, make_weights(), MODES[-1], constraint=constraint)
-    with pytest.raises(ValueError, match="No gradients"):
-        optimizer.apply([None, None, None], run.variables)
+    optimizer = LazyOptimizer(Fails(0.1))
+    weights = make_weights()
+    run = Run(optimizer, weights, MODES[-1], constraint=constraint)
+    with pytest.raises(RuntimeError, match="in the step"):
+        run.step(weights)
     assert run.variables[0].constraint is constraint
 
 
