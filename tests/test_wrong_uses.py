@@ -1,6 +1,6 @@
 """Wrong uses: what came, what to write instead, and nothing has changed."""
 
-# mypy: disable-error-code="misc,arg-type,var-annotated,call-arg,call-overload,dict-item"
+# mypy: disable-error-code="misc,arg-type,var-annotated,call-arg,dict-item"
 # A checker of types would refuse most of these, too.
 
 import re
