@@ -119,7 +119,7 @@ def make_variables(weights: list[np.ndarray], constraint: Any) -> list[keras.Var
     for name, weight in zip(NAMES, weights, strict=False):
         layer, variable = name.split("_")
         with keras.name_scope(layer):
-            variables.append(keras.Variable(weight, name=variable))
+            variables.append(keras.Variable(weight, name=variable, dtype=weight.dtype))
     variables[0].constraint = constraint
     return variables
 
@@ -152,9 +152,19 @@ class Run:
         self.sparse = sparse if BACKEND == "tensorflow" else ()
         self._step = getattr(self, f"_{BACKEND}_step")(mode)
 
-    def step(self, gradients: Sequence[Any]) -> list[np.ndarray]:
-        """One step; the weights after it. Gradients are arrays or the backend's."""
-        self._step(gradients)
+    def step(
+        self, gradients: Sequence[Any], given: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """One step; the weights after it. Gradients are arrays or the backend's.
+
+        With `given` they are those of the weights at these indices, the others are
+        left out, and the step is eager.
+        """
+        if given is None:
+            self._step(gradients)
+        else:
+            variables = [self.variables[i] for i in given]
+            self.optimizer.apply([tensor(g) for g in gradients], variables)
         return self.weights
 
     @property

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -460,13 +460,18 @@ def lookahead(slow: Array, fast: Array, alpha: float) -> Array:
 
 @dataclass
 class Cycle:
-    """A Lookahead's settings and, from its first update on, its slow copies."""
+    """A Lookahead's settings and, from its first update on, its slow copies.
+
+    `moved` tells of each table which rows were updated in this cycle.
+    """
 
     k: int = 5
     alpha: float = 0.5
     inner_state: str = "maintain"
+    updates: int = 0
     slow_weights: list[Array] | None = None
     slow_slots: list[Slots] | None = None
+    moved: dict[int, Array] = field(default_factory=dict)
 
 
 @dataclass
@@ -539,7 +544,18 @@ class Reference:
             slow_slots=outer.slow_slots and list(outer.slow_slots),
         )
 
-    def apply(self, grads: Sequence[Array]) -> None:
+    def set_weights(self, weights: Sequence[Array]) -> None:
+        """Somebody else writes the weights: a slow copy that was taken stays."""
+        self.weights = [np.array(w, "float64") for w in weights]
+
+    def restart(self) -> None:
+        """The next update is the first of each Lookahead."""
+        for cycle in self.cycles:
+            cycle.updates, cycle.slow_weights, cycle.slow_slots = 0, None, None
+            cycle.moved.clear()
+
+    def apply(self, grads: Sequence[Array], left_out: Collection[int] = ()) -> None:
+        """A step. The weights (and slots) at the indices `left_out` are not given."""
         scale = self.optimizer.loss_scale_factor or 1
         every = self.optimizer.gradient_accumulation_steps or 1
         total = [
@@ -551,32 +567,60 @@ class Reference:
         sampled = [updates & sampled_rows(total[i]) for i in self.tables]
         if updates:
             for cycle in self.cycles:
-                if cycle.slow_weights is None:
-                    cycle.slow_weights, cycle.slow_slots = self.weights, self.slots
-            self._update([g / every for g in total], sampled)
+                self._back_up(cycle, sampled, left_out)
+            self._update([g / every for g in total], sampled, left_out)
         self._average()
         self._constrain(sampled)
         self.applied += 1
         for cycle in self.cycles:
-            if updates and self.updates % cycle.k == 0:
-                self._sync(cycle)
+            cycle.updates += updates
+            if updates and cycle.updates % cycle.k == 0:
+                self._sync(cycle, left_out)
+
+    def _back_up(
+        self, cycle: Cycle, sampled: list[Array], left_out: Collection[int]
+    ) -> None:
+        """phi = theta before the first update; of a table's row, before the first of
+        the cycle that moves it. Overwriting with averages moves every row."""
+        if cycle.slow_weights is None:
+            cycle.slow_weights, cycle.slow_slots = list(self.weights), self.slots
+        if self.optimizer.ema_overwrite_frequency or len(self.cycles) > 1:
+            return
+        for i, rows in zip(self.tables, sampled, strict=True):
+            if i not in left_out:
+                moved = cycle.moved.get(i, np.zeros_like(rows))
+                cycle.slow_weights[i] = only_rows(
+                    rows & ~moved, self.weights[i], cycle.slow_weights[i]
+                )
+                cycle.moved[i] = moved | rows
 
     def _initial_slots(self) -> list[Slots]:
         slots = self.optimizer.slots
         return [slots(w, n) for w, n in zip(self.weights, self.names, strict=True)]
 
-    def _update(self, grads: list[Array], sampled: list[Array]) -> None:
+    def _update(
+        self, grads: list[Array], sampled: list[Array], left_out: Collection[int]
+    ) -> None:
         rate = self.optimizer.learning_rate
         lr = float(rate(self.applied) if callable(rate) else rate)
         before, slots = self.weights, self.slots
         self.weights, self.slots = [], []
-        for i, g in enumerate(self.optimizer.clip(grads)):
+        given = [i for i in range(len(grads)) if i not in left_out]
+        clipped = self.optimizer.clip([grads[i] for i in given])
+        for i, w in enumerate(before):
+            if i in left_out:
+                self.weights.append(w)
+                self.slots.append(slots[i])
+                continue
+            g = clipped[given.index(i)]
             decay = 0.0 if i in self.undecayed else self.optimizer.decay_of(slots[i])
             w = before[i] - before[i] * (decay or 0.0) * lr
             w, s = self.optimizer.step(w, g, slots[i], lr, self.updates + 1)
             self.weights.append(w)
             self.slots.append(s)
         for i, rows in zip(self.tables, sampled, strict=True):
+            if i in left_out:
+                continue
             self.weights[i] = only_rows(rows, self.weights[i], before[i])
             self.slots[i] = lazy(
                 self.optimizer, self.moments, rows, slots[i], self.slots[i]
@@ -602,12 +646,18 @@ class Reference:
         for i, rows in zip(self.tables, sampled, strict=True):
             self.weights[i] = only_rows(rows, self.weights[i], before[i])
 
-    def _sync(self, cycle: Cycle) -> None:
+    def _sync(self, cycle: Cycle, left_out: Collection[int]) -> None:
         assert cycle.slow_weights is not None
         assert cycle.slow_slots is not None
-        pairs = zip(cycle.slow_weights, self.weights, strict=True)
+        before, slow_weights = self.weights, cycle.slow_weights
+        pairs = zip(slow_weights, before, strict=True)
         self.weights = [lookahead(slow, fast, cycle.alpha) for slow, fast in pairs]
-        cycle.slow_weights = self.weights
+        for i, moved in cycle.moved.items():
+            self.weights[i] = only_rows(moved, self.weights[i], before[i])
+        for i in left_out:  # the slow copy follows
+            self.weights[i] = before[i]
+        cycle.slow_weights = list(self.weights)
+        cycle.moved = {i: np.zeros_like(moved) for i, moved in cycle.moved.items()}
         if cycle.inner_state == "reset":
             self.slots = self._initial_slots()
         elif cycle.inner_state == "interpolate":
