@@ -114,7 +114,7 @@ def compare(shape, dtype, case, moments, lookahead, steps, sparse):
     weights = draw()
     lazy = {"tables": [0], "moments": moments} if moments else None
     reference = Reference(weights, case, lazy=lazy, lookahead=lookahead)
-    run = start(weights)
+    run, rate = start(weights), case[1]["learning_rate"]
     for rows, left_out, event in steps:
         if event == "set_weights":
             weights = draw()
@@ -125,7 +125,7 @@ def compare(shape, dtype, case, moments, lookahead, steps, sparse):
             reference.restart()
             run.optimizer.restart()
         elif event == "learning_rate":
-            rate = reference.optimizer.learning_rate / 2
+            rate /= 2
             reference.optimizer.learning_rate = run.optimizer.learning_rate = rate
         elif event == "restore":
             saved = numpy(run.optimizer.variables)
