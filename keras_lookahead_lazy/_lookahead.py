@@ -152,8 +152,16 @@ class Lookahead(OptimizerWrapper):
         engine.write_count(self._counter, updates)
 
     def _back_up_if(self, is_first: Any) -> None:
-        """phi := theta, but for rows that are copied when a cycle first moves them."""
-        pairs = [pair for pair in self._pairs if self._moved(pair[0]) is None]
+        """phi := theta, but for rows that are copied when a cycle first moves them.
+
+        Of several Lookaheads, one may come when others' cycles have moved rows.
+        """
+        moved = [self._moved(fast) for fast, _ in self._pairs]
+        pairs = [
+            pair
+            for pair, rows in zip(self._pairs, moved, strict=True)
+            if rows is None or len(rows.slow_copies) > 1
+        ]
         if self._slot_pairs:
             self.catch_up_if(is_first)
         engine.back_up_if(is_first, pairs + self._slot_pairs)

@@ -131,6 +131,32 @@ def test_frozen_layers_stay(lazy):
         assert np.max(np.abs(layer.get_weights()[0] - weights[0])) < 0.2
 
 
+@pytest.mark.parametrize(("inner_k", "outer_k"), [(2, 3), (3, 2)])
+def test_a_lookahead_around_one_that_was_trained(inner_k, outer_k):
+    """Rows that moved before it came, after, and both; one that never did."""
+    table = keras.Variable(np.ones((4, 2), "float32"), name="table")
+    inner = Lookahead(LazyOptimizer(keras.optimizers.SGD(0.1), [table]), inner_k)
+    outer = Lookahead(inner, outer_k, alpha=0.3)
+    weights = np.ones(4)
+    slow_of_inner, slow_of_outer = weights, None
+    for update in range(1, 12):
+        is_before = update <= 5
+        if update == 6:
+            slow_of_outer = weights
+        gradient = np.array([1, is_before, not is_before, 0], "float32")
+        (inner if is_before else outer).apply(
+            [tensor(np.stack([gradient, gradient], axis=1))], [table]
+        )
+        weights = weights - 0.1 * gradient
+        if update % inner_k == 0:
+            slow_of_inner = slow_of_inner + 0.5 * (weights - slow_of_inner)
+            weights = slow_of_inner
+        if not is_before and (update - 5) % outer_k == 0:
+            slow_of_outer = slow_of_outer + 0.3 * (weights - slow_of_outer)
+            weights = slow_of_outer
+        assert_agree(numpy([table]), [np.stack([weights, weights], axis=1)])
+
+
 @pytest.mark.parametrize("inner_state", ["reset", "interpolate"])
 @pytest.mark.parametrize("mode", MODES)
 def test_around_an_optimizer_that_was_trained(mode, inner_state):
