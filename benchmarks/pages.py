@@ -1,4 +1,4 @@
-"""Write the benchmarks' figures and picture into the pages of the documentation.
+"""Write the benchmarks' figures and pictures into the pages of the documentation.
 
 `python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json`; `--check`
 says whether the pages have the figures that are there. A line that no run has measured
@@ -8,19 +8,28 @@ stands there as such.
 import argparse
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks._goals import TITLES, Goal, Sizes, goals
 from experiments import _pages
 from experiments._pages import Table
+from workbench.plots import BLACK, BLUE, Curve, legend
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "step-time.png"
+FIT_PICTURE = ROOT / "docs" / "images" / "fit-time.png"
+FIT_CURVES = {
+    "Adam": Curve("Adam", BLACK),
+    "Lazy decay": Curve("LazyOptimizer(Adam)", BLUE),
+}
 
 MISSING = "not measured"
 # The lines of a table by their names, with `{place}` where there is one for each.
@@ -169,10 +178,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = RESULTS / "steps" / "step_time.png"
     if not check:
         shutil.copyfile(picture, PICTURE)
+        draw_fit_times(FIT_PICTURE)
     elif PICTURE.read_bytes() != picture.read_bytes():
         print(f"{PICTURE.name}: not the picture of the results")
         differing = 1
     return differing
+
+
+def draw_fit_times(path: Path) -> None:
+    """Draw whole steps of `fit` against the rows of the table, for each place."""
+    figure = Figure(figsize=(7, 5.5))
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, place in zip(panels.flat, TITLES, strict=True):
+        for optimizer, curve in FIT_CURVES.items():
+            times = fit_medians(optimizer, place)
+            axes.plot(
+                list(times),
+                list(times.values()),
+                color=curve.color,
+                label=curve.label,
+                linewidth=2,
+                marker="o",
+                markersize=5,
+            )
+        axes.set(xscale="log", yscale="log", title=TITLES[place])
+    for axes in panels[1]:
+        axes.set_xlabel("rows of the table, of 64 numbers")
+    figure.supylabel("a step of fit, 4096 look-ups (ms)")
+    legend(figure, panels[0, 0])
+    figure.savefig(path, dpi=150)
+
+
+def fit_medians(optimizer: str, place: str) -> dict[int, float]:
+    """Milliseconds of a step of `fit` by rows of the table, the median over lines."""
+    found: dict[int, list[float]] = {}
+    for name, line in lines().items():
+        is_time = name.startswith("fit-") and not name.startswith("fit-memory")
+        if not (is_time and name.endswith(f"-{place}")):
+            continue
+        for part in line["parts"].values():
+            if (
+                part["variant"].startswith(f"{optimizer} (")
+                and part["problem"]["width"] == Sizes().lookups(1, sparse=False).width
+            ):
+                size = part["problem"]["vocabulary"]
+                found.setdefault(size, []).append(part["median"])
+    return {size: statistics.median(found[size]) for size in sorted(found)}
 
 
 @cache
