@@ -13,6 +13,7 @@ from example_data import write_jpegs  # noqa: E402
 
 from examples import cifar_lookahead as cifar  # noqa: E402
 from examples import imdb_lazy as imdb  # noqa: E402
+from examples import large_table  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +77,45 @@ def test_cifar_learns_the_plain_pictures(tmp_path):
     )
     assert status == 0
     assert results(tmp_path)["runs"][0]["best_val_accuracy"] > 0.8
+
+
+def test_large_table_learns_what_pairs_mean(tmp_path):
+    """Whether a review is good is told by the order of its two words alone."""
+    order = np.random.default_rng(0).integers(2, size=400)
+    pairs = np.where(order[:, None] == 1, [5, 9], [9, 5])
+    words = np.array([*pairs, None], dtype=object)[:-1]  # as IMDB is stored
+    for i, pair in enumerate(pairs):
+        words[i] = list(pair)
+    path = tmp_path / "reviews.npz"
+    np.savez(path, x_train=words, y_train=order, x_test=words, y_test=order)
+    status = large_table.main(
+        f"--data {path} --rows 30000 --epochs 6 --batch-size 20 --learning-rate 0.05 "
+        f"--optimizers lazy-freeze lookahead-lazy --output {tmp_path}".split()
+    )
+    assert status == 0
+    for run in results(tmp_path)["runs"]:
+        assert run["best_val_accuracy"] == 1.0
+        seconds = [epoch["seconds"] for epoch in run["epochs"]]
+        assert run["epochs"][-1]["trained_seconds"] == pytest.approx(sum(seconds))
+
+
+def test_pairs_are_hashed_into_the_other_rows():
+    words = np.random.default_rng(0).integers(1, 20_000, size=(50, 400))
+    words[:, :7] = 0
+    rows = 2**21
+    found = large_table.with_pairs(words, rows)
+    np.testing.assert_array_equal(found[:, :400], words)
+    pairs = found[:, 400:]
+    assert not pairs[:, :7].any()
+    rest = pairs[:, 7:]
+    assert rest.min() >= 20_000
+    assert rest.max() < rows
+    number = {}
+    for pair, row in zip(
+        zip(words[:, 7:-1].ravel(), words[:, 8:].ravel(), strict=True),
+        rest.ravel(),
+        strict=True,
+    ):
+        assert number.setdefault(pair, row) == row
+    # 19,600 pairs in 2 million rows: few share one.
+    assert len(set(number.values())) > 0.98 * len(number)

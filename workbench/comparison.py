@@ -76,6 +76,8 @@ class Comparison:
         What is trained on.
     arguments : mapping
         What was asked for; "output" is the folder of results.json and curves.png.
+    over : str
+        What the picture shows accuracy and loss over: "epoch", or "trained_seconds".
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class Comparison:
         curves: Mapping[str, Curve],
         data: Data,
         arguments: Mapping[str, Any],
+        over: str = "epoch",
     ) -> None:
-        self._curves, self._data = curves, data
+        self._curves, self._data, self._over = curves, data, over
         self._folder = Path(arguments["output"])
         self._folder.mkdir(parents=True, exist_ok=True)
         arguments = {**arguments, "output": str(self._folder)}
@@ -117,8 +120,10 @@ class Comparison:
 
         At once, so that stopping a long comparison leaves what was done.
         """
-        epochs = epochs_of(history)
+        epochs, trained = epochs_of(history), 0.0
         for epoch in epochs:
+            trained += epoch["seconds"]
+            epoch["trained_seconds"] = trained
             epoch["ms_per_step"] = 1000 * epoch["seconds"] / history.params["steps"]
         self._runs.append(Run(optimizer, seed, epochs))
         self._write()
@@ -158,7 +163,7 @@ class Comparison:
         }
         for axes, measure in ((accuracy, "accuracy"), (loss, "loss")):
             label = f"validation {measure}"
-            draw_measure(axes, f"val_{measure}", label, runs, self._curves)
+            draw_measure(axes, f"val_{measure}", label, runs, self._curves, self._over)
         title = f"{self._data.source} ({keras.backend.backend()})"
         figure.suptitle(title, fontsize=11)
         legend(figure, accuracy)

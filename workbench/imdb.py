@@ -1,6 +1,7 @@
 """IMDB reviews as padded word numbers, and a made-up corpus of the same kind."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -23,31 +24,59 @@ SOURCES = (
 )
 
 
-def load(source: str, train: int | None = None, test: int | None = None) -> Data:
-    """Load one of `SOURCES`, at most so many reviews of each part."""
-    return choose(source, (train, test), from_keras, from_path, "synthetic", synthetic)
+def load(
+    source: str,
+    train: int | None = None,
+    test: int | None = None,
+    tokens: int = TOKENS,
+    negated: float = 0.0,
+) -> Data:
+    """Load one of `SOURCES`, at most so many reviews of each part.
+
+    Parameters
+    ----------
+    tokens : int
+        How many words of a review to keep; the made-up ones have their own length.
+    negated : float
+        What share of the words of made-up reviews is negated.
+    """
+    return choose(
+        source,
+        (train, test),
+        partial(from_keras, tokens=tokens),
+        partial(from_path, tokens=tokens),
+        "synthetic",
+        partial(synthetic, negated=negated),
+    )
 
 
-def from_keras(train: int | None = None, test: int | None = None) -> Data:
+def from_keras(
+    train: int | None = None, test: int | None = None, tokens: int = TOKENS
+) -> Data:
     """Load `keras.datasets.imdb`, from Keras's cache where it is there."""
     file = cached("imdb.npz")
     if file:
         # Read here, as Keras would delete one of another hash before it downloads.
-        return from_path(file, train, test)
+        return from_path(file, train, test, tokens)
     (x_train, y_train), (x_test, y_test) = download(
         lambda: keras.datasets.imdb.load_data(num_words=NUM_WORDS), URL
     )
     return Data(
         "IMDB",
-        pad(x_train[:train]),
+        pad(x_train[:train], tokens),
         y_train[:train],
-        pad(x_test[:test]),
+        pad(x_test[:test], tokens),
         y_test[:test],
         EPOCHS,
     )
 
 
-def from_path(path: Path, train: int | None = None, test: int | None = None) -> Data:
+def from_path(
+    path: Path,
+    train: int | None = None,
+    test: int | None = None,
+    tokens: int = TOKENS,
+) -> Data:
     """Load a file as Keras caches it: word ranks and labels, as object arrays."""
     keys = ("x_train", "y_train", "x_test", "y_test")
     x_train, y_train, x_test, y_test = read_npz(path, keys, allow_pickle=True)
@@ -55,8 +84,8 @@ def from_path(path: Path, train: int | None = None, test: int | None = None) -> 
     try:
         return Data(
             "IMDB",
-            *prepare(x_train, y_train, train, random),
-            *prepare(x_test, y_test, test, random),
+            *prepare(x_train, y_train, train, random, tokens),
+            *prepare(x_test, y_test, test, random, tokens),
             EPOCHS,
         )
     except (TypeError, ValueError, OverflowError) as error:
@@ -68,6 +97,7 @@ def prepare(
     labels: np.ndarray,
     limit: int | None,
     random: np.random.RandomState,
+    tokens: int = TOKENS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle, number and pad reviews as `keras.datasets.imdb` and `fit` want them."""
     if reviews.ndim == 0 or labels.shape != reviews.shape[:1]:
@@ -80,7 +110,7 @@ def prepare(
     order = np.arange(len(reviews))
     random.shuffle(order)
     order = order[:limit]
-    return pad(number(reviews[order])), labels[order]
+    return pad(number(reviews[order]), tokens), labels[order]
 
 
 def number(reviews: Iterable[Iterable[int]]) -> list[np.ndarray]:
@@ -101,7 +131,9 @@ def pad(reviews: Iterable[Iterable[int]], tokens: int = TOKENS) -> np.ndarray:
     return keras.utils.pad_sequences(list(reviews), maxlen=tokens)
 
 
-def synthetic(train: int | None = None, test: int | None = None) -> Data:
+def synthetic(
+    train: int | None = None, test: int | None = None, negated: float = 0.0
+) -> Data:
     """Make up short reviews in which many words, none of them common, carry the label.
 
     A word's frequency falls with its rank as in natural language (Zipf, Mandelbrot).
@@ -109,6 +141,9 @@ def synthetic(train: int | None = None, test: int | None = None) -> Data:
     by its own strength. The rarest of them occur in too few reviews to be learnt, so
     that a model which remembers its training reviews does worse on others: there the
     optimizers differ. Someone who knew all frequencies could label 89 % correctly.
+
+    A word that is negated has the most frequent word before it, and is one that a
+    review of the other label would have: then it takes pairs of words to tell.
     """
     ranks = np.arange(1, 5_001)
     words = np.random.default_rng(7)
@@ -128,7 +163,13 @@ def synthetic(train: int | None = None, test: int | None = None) -> Data:
             random.choice(ranks, size=length, p=frequencies[label])
             for length, label in zip(lengths, labels, strict=True)
         ]
-        return pad(number(texts), tokens=18), labels
+        if negated:
+            for i, label in enumerate(labels):
+                chosen = random.random(lengths[i]) < negated
+                others = random.choice(ranks, size=lengths[i], p=frequencies[1 - label])
+                words = np.where(chosen, others, texts[i])
+                texts[i] = np.insert(words, np.flatnonzero(chosen), ranks[0])
+        return pad(number(texts), tokens=40 if negated else 18), labels
 
     x_train, y_train = reviews(train or 3_000, seed=1)
     x_test, y_test = reviews(test or 1_000, seed=2)

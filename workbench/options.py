@@ -42,6 +42,21 @@ def add_rate(parser: argparse.ArgumentParser, option: str, default: float) -> No
     add(option, type=positive_float, default=default, metavar="RATE", help=text)
 
 
+def add_size(
+    parser: argparse.ArgumentParser, option: str, default: int, least: int, whose: str
+) -> None:
+    """Add a number that has to be so large at least."""
+
+    def size(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return number
+
+    text = f"{whose} (default: %(default)s)"
+    parser.add_argument(option, type=size, default=default, metavar="N", help=text)
+
+
 def add_trainings(
     parser: argparse.ArgumentParser, seeds: Sequence[int], output: str
 ) -> None:

@@ -49,11 +49,15 @@ def draw_measure(
     label: str,
     runs: Mapping[str, Sequence[Epochs]],
     curves: Mapping[str, Curve],
+    over: str = "epoch",
 ) -> None:
-    """Draw what each epoch measured: the mean over seeds, and thinly every seed."""
+    """Draw what each epoch measured: the mean over seeds, and thinly every seed.
+
+    Over the epochs' numbers, or something else that they measured, of a mean as well.
+    """
     for name, seeds in runs.items():
         curve = curves[name]
-        numbers = [epoch["epoch"] for epoch in seeds[0]]
+        numbers = np.mean([[epoch[over] for epoch in epochs] for epochs in seeds], 0)
         values = np.array(
             [[epoch[key] for epoch in epochs] for epochs in seeds], dtype="float64"
         )
@@ -72,8 +76,12 @@ def draw_measure(
             axes.plot(
                 numbers, values.T, curve.line, color=curve.color, lw=0.7, alpha=0.5
             )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(xlim=(0.8, len(numbers) + 0.2), xlabel="epoch", ylabel=label)
+    axes.set(xlabel=over.replace("_", " "), ylabel=label)
+    if over == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(0.8, len(numbers) + 0.2)
+    else:
+        axes.set_xscale("log")
 
 
 def legend(figure: Figure, axes: Axes) -> None:
