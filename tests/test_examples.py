@@ -110,7 +110,7 @@ def test_pairs_are_hashed_into_the_other_rows():
     rest = pairs[:, 7:]
     assert rest.min() >= 20_000
     assert rest.max() < rows
-    number = {}
+    number: dict[tuple, int] = {}
     for pair, row in zip(
         zip(words[:, 7:-1].ravel(), words[:, 8:].ravel(), strict=True),
         rest.ravel(),

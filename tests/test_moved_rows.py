@@ -138,7 +138,7 @@ def test_a_lookahead_around_one_that_was_trained(inner_k, outer_k):
     inner = Lookahead(LazyOptimizer(keras.optimizers.SGD(0.1), [table]), inner_k)
     outer = Lookahead(inner, outer_k, alpha=0.3)
     weights = np.ones(4)
-    slow_of_inner, slow_of_outer = weights, None
+    slow_of_inner = slow_of_outer = weights
     for update in range(1, 12):
         is_before = update <= 5
         if update == 6:
