@@ -249,6 +249,7 @@ def _medians(name: str) -> list[str]:
 def _figure(value: float | None) -> str:
     if value is None:
         return MISSING
+    value = round(value, 2) + 0.0  # no minus before a zero
     return f"{value:.2f}" if abs(value) < 10 else f"{value:,.0f}"
 
 
