@@ -76,8 +76,7 @@ def test_rows_cross_and_no_table(engine, setting):
     assert sum(sizes) < 12 * LOOK_UPS * (WIDTH + 2) * 8 + sync
 
 
-# What reads them is the same for all engines of a backend.
-ENGINES_THAT_SEE = ENGINES[:1] + ["ddp_alone"] * (BACKEND == "torch")
+ENGINES_THAT_SEE = ENGINES + ["ddp_alone"] * (BACKEND == "torch")
 
 
 @pytest.mark.slow
