@@ -40,9 +40,8 @@ def measure(vocabulary: int, width: int, epochs: int = 8) -> dict[str, float]:
     problem = Problem(vocabulary, width)
     mode = "jit" if keras.backend.backend() == "jax" else "graph"
     model = build_model(OPTIMIZER, mode, problem)
-    steps = [
-        1e3 * s for _ in range(epochs) for s in _fit.Fit(keras, model, problem).run(10)
-    ]
+    fit = _fit.Fit(keras, model, problem)
+    steps = [1e3 * seconds for _ in range(epochs) for seconds in fit.run(10)]
     ids, labels = _fit.data(problem)
     batch = problem.rows // _fit.LENGTH
     size, insight = 4 * batch, TimedInsight()

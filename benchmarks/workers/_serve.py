@@ -108,22 +108,27 @@ class Server:
 
     def resident(self) -> int:
         """Bytes of memory that the process holds now."""
-        try:
-            return resident()
-        except OSError:
-            return self.peak()
+        return resident()
 
     def peak(self) -> int:
         """The most bytes of memory that the process has held."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak()
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now, where the system tells."""
+    """Bytes of memory that the process holds now; the most, where that is all known."""
     gc.collect()
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * PAGE
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * PAGE
+    except OSError:
+        return peak()
+
+
+def peak() -> int:
+    """The most bytes of memory that the process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_peak() -> None:
