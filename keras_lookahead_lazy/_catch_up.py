@@ -85,9 +85,14 @@ class MovedRows:
     updates: Callable[[], Any]
     slow_copies: list[SlowCopy] = field(default_factory=list)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several Lookaheads sync the table."""
+        return len(self.slow_copies) > 1
+
     def since(self, updates_in_cycle: Any) -> Any:
         """The number of the update after which rows to sync were updated."""
-        if len(self.slow_copies) > 1:
+        if self.is_shared:
             return 0
         return self.updates() - updates_in_cycle
 

@@ -396,7 +396,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def begin_cycle(self) -> None:
         for moved in [table.moved for table in self._tables.values()]:
-            if len(moved.slow_copies) > 1:
+            if moved.is_shared:
                 self.catch_up()
                 moved.last_update.assign(ops.zeros_like(moved.last_update.value))
 

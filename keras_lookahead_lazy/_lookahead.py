@@ -160,7 +160,7 @@ class Lookahead(OptimizerWrapper):
         pairs = [
             pair
             for pair, rows in zip(self._pairs, moved, strict=True)
-            if rows is None or len(rows.slow_copies) > 1
+            if rows is None or rows.is_shared
         ]
         if self._slot_pairs:
             self.catch_up_if(is_first)
@@ -207,13 +207,16 @@ class Lookahead(OptimizerWrapper):
         """Tells which rows of a table moved; `None` for what moves as a whole."""
         return self._moved_rows.get(_keras.key(self, weight))
 
+    def _rows_of_cycle(self, moved: MovedRows) -> Any:
+        """Which rows of a table have slow weights of their own now."""
+        return moved.last_update.value > moved.since(self.updates_in_cycle())
+
     def _slow_value(self, fast: keras.Variable, slow: keras.Variable) -> Any:
         """The slow weights; of a row that has not moved since, the weights."""
         moved = self._moved(fast)
         if moved is None:
             return ops.convert_to_tensor(slow)
-        is_moved = moved.last_update.value > moved.since(self.updates_in_cycle())
-        return where(is_moved, slow.value, fast.value)
+        return where(self._rows_of_cycle(moved), slow.value, fast.value)
 
     def distance(self) -> float:
         """The L2 norm of fast minus slow weights, over all of them."""
@@ -230,8 +233,7 @@ class Lookahead(OptimizerWrapper):
         moved = self._moved(fast)
         if moved is None:
             return fast - slow
-        is_moved = moved.last_update.value > moved.since(self.updates_in_cycle())
-        rows = np.flatnonzero(ops.convert_to_numpy(is_moved))
+        rows = np.flatnonzero(ops.convert_to_numpy(self._rows_of_cycle(moved)))
         return ops.take(fast, rows, axis=0) - ops.take(slow, rows, axis=0)
 
     def begin_cycle(self) -> None:
