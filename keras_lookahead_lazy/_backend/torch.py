@@ -47,11 +47,11 @@ def row_gradient(
     else:
         return None
     if _is_on_host(ids):
-        shape = gradient.shape
-        summed = torch.sparse_coo_tensor(
-            ids[None], values, shape, check_invariants=False
-        ).coalesce()
-        return _backend.RowGradient(summed.values(), summed.indices()[0], None)
+        look_ups = torch.sparse_coo_tensor(
+            ids[None], values, gradient.shape, check_invariants=False
+        )
+        rows = look_ups.coalesce()
+        return _backend.RowGradient(rows.values(), rows.indices()[0], None)
     indices, order = torch.sort(ids, stable=True)
     position = torch.zeros_like(indices)
     torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
