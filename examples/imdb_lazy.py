@@ -68,10 +68,10 @@ def build_model(tokens: int) -> keras.Model:
 def build_optimizer(
     name: str, learning_rate: float = 1e-3, k: int = 5, alpha: float = 0.5
 ) -> keras.optimizers.Optimizer:
-    """Build one of `CURVES`."""
+    """Build what a name says: one of `CURVES`, or another in the same words."""
     optimizer = keras.optimizers.Adam(learning_rate)
     if "lazy" in name:
-        moments = "freeze" if name == "lazy-freeze" else "decay"
+        moments = "freeze" if "freeze" in name else "decay"
         optimizer = LazyOptimizer(optimizer, moments=moments)
     return Lookahead(optimizer, k, alpha) if "lookahead" in name else optimizer
 

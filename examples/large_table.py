@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_lookahead_lazy import LazyOptimizer, Lookahead
+from examples.imdb_lazy import build_optimizer
 from workbench import imdb, options
 from workbench.comparison import Comparison, EpochTimer
 from workbench.plots import BLACK, BLUE, ORANGE, Curve
@@ -22,7 +22,9 @@ CURVES = {
     "adam": Curve("Adam", BLACK),
     "lazy-freeze": Curve("LazyOptimizer, freeze", ORANGE),
     "lazy-decay": Curve("LazyOptimizer, decay", BLUE),
-    "lookahead-lazy": Curve("Lookahead(LazyOptimizer, freeze)", ORANGE, dashed=True),
+    "lookahead-lazy-freeze": Curve(
+        "Lookahead(LazyOptimizer, freeze)", ORANGE, dashed=True
+    ),
 }
 TOKENS = 400
 NEGATED = 0.3  # of the made-up reviews' words, so that pairs carry meaning
@@ -82,17 +84,6 @@ def build_model(tokens: int, rows: int, width: int) -> keras.Model:
             keras.layers.Dense(1, activation="sigmoid"),
         ]
     )
-
-
-def build_optimizer(
-    name: str, learning_rate: float, k: int, alpha: float
-) -> keras.optimizers.Optimizer:
-    """Build one of `CURVES`."""
-    optimizer = keras.optimizers.Adam(learning_rate)
-    if "lazy" in name:
-        moments = "decay" if name == "lazy-decay" else "freeze"
-        optimizer = LazyOptimizer(optimizer, moments=moments)
-    return Lookahead(optimizer, k, alpha) if "lookahead" in name else optimizer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

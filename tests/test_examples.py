@@ -90,7 +90,7 @@ def test_large_table_learns_what_pairs_mean(tmp_path):
     np.savez(path, x_train=words, y_train=order, x_test=words, y_test=order)
     status = large_table.main(
         f"--data {path} --rows 30000 --epochs 6 --batch-size 20 --learning-rate 0.05 "
-        f"--optimizers lazy-freeze lookahead-lazy --output {tmp_path}".split()
+        f"--optimizers lazy-freeze lookahead-lazy-freeze --output {tmp_path}".split()
     )
     assert status == 0
     for run in results(tmp_path)["runs"]:
