@@ -63,6 +63,15 @@ def kept(optimizer):
     return [v for v in optimizer.variables if v.path.split("/")[-1] not in own]
 
 
+def reference_of_both(weights, moments, inner_state):
+    return Reference(
+        weights,
+        CASE,
+        lazy={"tables": [0], "moments": moments},
+        lookahead={"inner_state": inner_state, **LOOKAHEAD},
+    )
+
+
 @pytest.mark.parametrize(
     ("mode", "order", "moments", "inner_state"),
     rotated(ORDERS, ["decay", "freeze"], INNER_STATES, modes=SCALING_MODES),
@@ -74,12 +83,7 @@ def test_skipped_step_changes_nothing(mode, order, moments, inner_state):
     would have synced; a table's gradient is bad, or that of another weight.
     """
     weights = make_weights()
-    reference = Reference(
-        weights,
-        CASE,
-        lazy={"tables": [0], "moments": moments},
-        lookahead={"inner_state": inner_state, **LOOKAHEAD},
-    )
+    reference = reference_of_both(weights, moments, inner_state)
     optimizer = ORDERS[order](moments, inner_state)
     run = Run(optimizer, weights, mode, sparse=(0,))
     variables, scale = run.variables + kept(optimizer), SCALE
@@ -130,12 +134,7 @@ def test_skipped_step_of_fit_in_mixed_float16(moments):
 def test_nan_stays_in_its_row(mode, moments, inner_state, gradients):
     """All other rows and weights, slow ones too, are those of a finite gradient."""
     weights = make_weights()
-    reference = Reference(
-        weights,
-        CASE,
-        lazy={"tables": [0], "moments": moments},
-        lookahead={"inner_state": inner_state, **LOOKAHEAD},
-    )
+    reference = reference_of_both(weights, moments, inner_state)
     optimizer = both(make(CASE), moments, inner_state)
     run = Run(optimizer, weights, mode, (0,) if gradients == "sparse" else ())
     row = 0  # of the commonest word, which is sampled again after the NaN
