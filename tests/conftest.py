@@ -31,20 +31,13 @@ def pytest_collection_modifyitems(
     items[:] = chosen
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported out of the collections that follow each test.
-
-    `keras.utils.clear_session` collects garbage, which took a third of the time.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _fresh_session():
     keras.utils.set_random_seed(0)
     yield
     keras.utils.clear_session()
+    # It collects garbage: what is left, imported or compiled, the next time not again.
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
