@@ -164,7 +164,8 @@ class Run:
             self._step(gradients)
         else:
             variables = [self.variables[i] for i in given]
-            self.optimizer.apply([tensor(g) for g in gradients], variables)
+            with one_by_one():
+                self.optimizer.apply([tensor(g) for g in gradients], variables)
         return self.weights
 
     @property
@@ -221,7 +222,17 @@ class Run:
         return self._eager_step
 
     def _eager_step(self, gradients: Sequence[Any]) -> None:
-        self.optimizer.apply([tensor(g) for g in gradients], self.variables)
+        with one_by_one():
+            self.optimizer.apply([tensor(g) for g in gradients], self.variables)
+
+
+def one_by_one() -> contextlib.AbstractContextManager[Any]:
+    """Run operations one at a time; on JAX, which compiles loops anew, theirs, too."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.disable_jit()
 
 
 def as_slices(gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -64,12 +64,13 @@ class Optimizer:
     loss_scale_factor: float | None = None
     gradient_accumulation_steps: int | None = None
 
-    # Slots with no axis for the table's rows.
-    not_by_row: ClassVar[frozenset[str]] = frozenset()
-
     def slots(self, w: Array, name: str) -> Slots:
         """Initial values."""
         raise NotImplementedError
+
+    def is_by_row(self, name: str, slot: Array) -> bool:
+        """Whether a table's slot has an entry for each row."""
+        return True
 
     def step(
         self, w: Array, g: Array, s: Slots, lr: float, t: int
@@ -333,13 +334,14 @@ class Adafactor(Optimizer):
     clip_threshold: float = 1.0
     relative_step: bool = True
 
-    not_by_row: ClassVar[frozenset[str]] = frozenset({"c"})
-
     def slots(self, w, name):
         if w.ndim < 2:
             return full(w, 0, "velocity")
         row, column = full(w[..., 0], 0, "r"), full(w[..., 0, :], 0, "c")
         return row | column | full(w, 0, "velocity")
+
+    def is_by_row(self, name, slot):
+        return name != "c" or slot.ndim > 1  # of a matrix c is over all of its rows
 
     def step(self, w, g, s, lr, t):
         rate, square = 1 - t**self.beta_2_decay, g**2 + self.epsilon_1
@@ -441,7 +443,7 @@ def lazy(
         return new
     return {
         name: slot
-        if name in optimizer.not_by_row
+        if not optimizer.is_by_row(name, slot)
         else only_rows(sampled, slot, old[name])
         for name, slot in new.items()
     }
