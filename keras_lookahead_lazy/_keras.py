@@ -484,6 +484,20 @@ def is_saving_or_loading() -> bool:
     return False
 
 
+def is_refusing_a_file() -> bool:
+    """Whether Keras reads a file, and will raise an error as a layer does not fit.
+
+    It goes on with everything else first.
+    """
+    frame = inspect.currentframe()
+    while frame:
+        if frame.f_code.co_name == "_load_state":
+            has_failed = bool(frame.f_locals.get("failed_saveables"))
+            return has_failed and not frame.f_locals.get("skip_mismatch")
+        frame = frame.f_back
+    return False
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """What the user gave to `model.compile`, to call it again with."""
     return dict(model._compile_config.config)

@@ -338,29 +338,31 @@ class OptimizerWrapper(keras.Optimizer):
         Keras's optimizers do. The weights may come from there all the same, so the
         wrapper then starts anew: with the next update as its first. So it does,
         without a warning, where the optimizer that was saved had not been built.
+        Of a file that Keras refuses, which it says later, nothing is taken.
         """
-        if not self.built:
+        if not self.built or _keras.is_refusing_a_file():
             return
-        shapes = [tuple(variable.shape) for variable in super().variables]
-        stored = [tuple(store[key].shape) for key in store.keys()]  # noqa: SIM118
-        if sorted(stored) != sorted(shapes):
-            if stored != [()] and not self._is_told:
-                warnings.warn(
-                    f"The file holds no state for the optimizer {self.name!r} as it "
-                    f"is: {len(stored)} variables are stored and {len(shapes)} "
-                    "expected. It was saved with another optimizer or model, or with "
-                    f"none; {type(self).__name__} starts anew.",
-                    stacklevel=2,
-                )
-                for optimizer in chain(self)[1:]:  # which Keras loads next
-                    optimizer.__dict__["_is_told"] = True
-            self._is_told = False
-            for variable in super().variables:
-                if "int" in variable.dtype:
-                    variable.assign(ops.zeros_like(variable.value))
+        variables = super().variables
+        # All is read before any is assigned: reading may fail.
+        stored = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        if [v.shape for v in stored] == [tuple(v.shape) for v in variables]:
+            for variable, value in zip(variables, stored, strict=True):
+                variable.assign(value)
             return
-        for i, variable in enumerate(super().variables):
-            variable.assign(store[str(i)])
+        if [value.shape for value in stored] != [()] and not self._is_told:
+            warnings.warn(
+                f"The file holds no state for the optimizer {self.name!r} as it "
+                f"is: {len(stored)} variables are stored and {len(variables)} "
+                "expected. It was saved with another optimizer or model, or with "
+                f"none; {type(self).__name__} starts anew.",
+                stacklevel=2,
+            )
+            for optimizer in chain(self)[1:]:  # which Keras loads next
+                optimizer.__dict__["_is_told"] = True
+        self._is_told = False
+        for variable in variables:
+            if "int" in variable.dtype:
+                variable.assign(ops.zeros_like(variable.value))
 
     def __repr__(self) -> str:
         """The nesting as one would write it."""
