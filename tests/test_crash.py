@@ -3,7 +3,9 @@
 Adam stands beside as the control: what Keras itself does then.
 """
 
+import contextlib
 import json
+import resource
 import warnings
 import zipfile
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from harness import QUICK, assert_same_bits, make_model, numpy, state
 from kill_and_resume import CASES, METHODS, survive
-from training_to_kill import OPTIMIZERS, STEPS, fit
+from training_to_kill import OPTIMIZERS, STEPS, SaveWhole, fit
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
@@ -185,3 +187,45 @@ def test_file_that_cannot_be_read_to_the_end(case, tmp_path):
     path.write_bytes(content)
     refused(model, path)
     assert_same_bits(own_state(model), own)
+
+
+# A disk that is full
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files cannot grow beyond 10,000 bytes: writing more is an OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_full_disk(case, tmp_path):
+    """What is in memory is unharmed; Keras has overwritten the file in place."""
+    path = tmp_path / "run.keras"
+    filled(case).save(path)
+    model = filled(case, seed=2)
+    before = state(model)
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        model.save(path)
+    assert_same_bits(state(model), before)
+    with pytest.raises(ValueError, match="zip file"):
+        keras.models.load_model(path)
+
+
+@pytest.mark.parametrize("case", CONTROL)
+def test_full_disk_where_a_whole_file_takes_the_place(case, tmp_path):
+    """The recipe of the page on saving: the file of the epoch before is there."""
+    path = tmp_path / "run.keras"
+    model = fit(make_model(OPTIMIZERS[case](), **QUICK), [SaveWhole(path)])
+    before = state(model)
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        fit(model, [SaveWhole(path)])
+    assert_same_bits(state(keras.models.load_model(path)), before)
+    assert int(model.optimizer.iterations) == 2 * STEPS
+    fit(model, [SaveWhole(path)])
+    assert_same_bits(state(keras.models.load_model(path)), state(model))
