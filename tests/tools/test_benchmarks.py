@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from harness import BACKEND, OTHERS, run_python
+from harness import BACKEND, INSTALLED, OTHERS, run_python
+
+from benchmarks.endurance import grown
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -56,6 +58,22 @@ def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
     report = run(tmp_path, "--backends", "torch", "--only", "x-*")
     assert report["goals"] == []
     assert report["workers"] == {}
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_endurance(backend: str, tmp_path: Path) -> None:
+    """Nothing grows in a few thousand steps; and what does is seen."""
+    command = "-m", "benchmarks.endurance", "--steps", "4000"
+    run_python(*command, "--output", tmp_path, backend=backend)
+    report = json.loads((tmp_path / f"endurance-{backend}.json").read_text())
+    assert report["steps"] == 4000
+    early = report["early"]
+    assert all(count > 0 for count in early.values())
+    assert early.keys() == report["late"].keys() > {"memory"}
+    for name in early:
+        late = report["late"] | {name: early[name] + 21_000_000}
+        growth = {"memory_growth_mb": (late["memory"] - early["memory"]) / 1e6}
+        assert grown({"early": early, "late": late, **growth}, 20.0) == [name]
 
 
 def test_the_cost_of_insight(tmp_path: Path) -> None:
