@@ -172,14 +172,17 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
 
     Keras's convention, which its own optimizers and its guide for new ones
     follow: a list attribute with one entry per weight, in the order of `build`.
+    (Muon's, up to Keras 3.12, are dictionaries by the weights' paths.)
     """
     index = optimizer._get_variable_index(variable)
     count = len(weights(optimizer))
     found = {}
     for name, entries in vars(optimizer).items():
-        if name in _NOT_SLOTS or not isinstance(entries, list):
-            continue
-        slot = entries[index] if len(entries) == count else None
+        slot = None
+        if isinstance(entries, dict):
+            slot = entries.get(path(variable))
+        elif isinstance(entries, list) and name not in _NOT_SLOTS:
+            slot = entries[index] if len(entries) == count else None
         # Adafactor fills its lists with integers where a weight has no such slot.
         if isinstance(slot, keras.Variable) and "float" in slot.dtype:
             found[name] = slot
@@ -367,8 +370,8 @@ def step_on_rows(
     state.pop("update_step", None)
     state.pop("_apply_weight_decay", None)
     for name, rows in slots.items():
-        entries = list(state[name])
-        entries[index] = rows
+        entries = state[name].copy()
+        entries[path(variable) if isinstance(entries, dict) else index] = rows
         state[name] = entries
     # TensorFlow's versions of these five insist on a `tf.Variable`.
     state["assign"] = lambda variable, value: variable.assign(value)

@@ -15,7 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from reference import Reference
+from reference import OPTIMIZERS as EQUATIONS
+from reference import EarlyMuon, Reference
 
 ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
@@ -70,6 +71,8 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adafactor", {"learning_rate": 0.01}),
     ("Muon", {"learning_rate": 0.01, "exclude_embeddings": False}),
 ]
+if "rms_rate" not in keras.optimizers.Muon().get_config():
+    EQUATIONS["Muon"] = EarlyMuon
 
 
 def name_of(case: Any) -> str | None:

@@ -385,10 +385,12 @@ class Muon(Optimizer):
     nesterov: bool = True
     rms_rate: float | None = 0.2
 
+    ranks: ClassVar[tuple[int, ...]] = (2,)
+
     def slots(self, w, name):
         excluded = any(re.search(layer, name) for layer in self.exclude_layers or ())
         embedding = self.exclude_embeddings and "embedding" in name.lower()
-        by_adam = w.ndim != 2 or embedding or excluded
+        by_adam = w.ndim not in self.ranks or embedding or excluded
         return full(w, 0, "momentum", *["velocity"] * by_adam)
 
     def decay_of(self, s):
@@ -402,15 +404,37 @@ class Muon(Optimizer):
             return adam.step(w, g, s, lr * self.adam_lr_ratio, t)
         m = self.momentum * s["momentum"] + g
         x = g + self.momentum * m if self.nesterov else m
-        tall = x.shape[0] > x.shape[1]
-        x = x.T if tall else x
-        x = x / (norm(x) + 1e-7)
+        tall = x.shape[-2] > x.shape[-1]
+        x = np.swapaxes(x, -1, -2) if tall else x
+        x = x / (np.sqrt(np.sum(x**2, axis=(-2, -1), keepdims=True)) + 1e-7)
         for _ in range(self.ns_steps):
-            xx = x @ x.T
+            xx = x @ np.swapaxes(x, -1, -2)
             x = self.muon_a * x + (self.muon_b * xx + self.muon_c * xx @ xx) @ x
-        x = x.T if tall else x
-        scale = 1 if self.rms_rate is None else self.rms_rate * max(w.shape) ** 0.5
-        return w - lr * scale * x, {"momentum": m}
+        x = np.swapaxes(x, -1, -2) if tall else x
+        return w - lr * self.scale(w) * x, {"momentum": m}
+
+    def scale(self, w: Array) -> float:
+        return 1 if self.rms_rate is None else self.rms_rate * max(w.shape) ** 0.5
+
+
+@dataclass(kw_only=True)
+class EarlyMuon(Muon):
+    """Muon up to Keras 3.12: stacks of matrices, too, and the scale is
+
+    sqrt(max(1, rows / columns)), of a stack its first two dimensions
+    """
+
+    weight_decay: float | None = 0.1
+    adam_lr_ratio: float = 0.1
+    ns_steps: int = 6
+
+    ranks: ClassVar[tuple[int, ...]] = (2, 3)
+
+    def decay_of(self, s):
+        return self.weight_decay
+
+    def scale(self, w):
+        return max(1, w.shape[0] / w.shape[1]) ** 0.5
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
