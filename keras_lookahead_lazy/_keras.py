@@ -74,6 +74,14 @@ def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
     optimizer.built = True
 
 
+@no_automatic_dependency_tracking
+def note_weights(optimizer: keras.Optimizer) -> None:
+    """Let Keras's own wrapper know its weights, which it does not before Keras 3.12."""
+    inside = inner(optimizer)
+    if inside is not None and not weights(optimizer):
+        register_weights(optimizer, list(weights(inside)))
+
+
 def weights(optimizer: keras.Optimizer) -> list:
     """The weights that an optimizer was built for."""
     return optimizer._trainable_variables

@@ -130,6 +130,7 @@ class OptimizerWrapper(keras.Optimizer):
         variables = _arguments.check_weights(variables)
         if not self._inner.built:
             self._inner.build(variables)
+        _keras.note_weights(self._inner)
         self._check_known(variables, self._inner)
         self._register(variables)
 
