@@ -5,6 +5,7 @@ same on all backends, and run on the first one only.
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -15,25 +16,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("tensorflow", "jax", "torch")
-PYTEST = [
-    *(sys.executable, "-m", "pytest", "-q", "--durations=20"),
-    *("-n", "2", "--dist", "worksteal"),
-]
+PYTEST = ["-m", "pytest", "-q", "--durations=20", "-n", "2", "--dist", "worksteal"]
 WITHOUT_TOOLS = "--ignore=tests/tools"
 
 
 def main() -> int:
     options = parse()
-    backends = options.backends or [b for b in BACKENDS if importlib.util.find_spec(b)]
+    python, backends = sys.executable, options.backends
+    if options.oldest:
+        # Needed here only; mypy knows it as the tests do, without the folder.
+        oldest = importlib.import_module("tests.oldest")
+        python, backends = oldest.make(options.python), backends or BACKENDS
+    backends = backends or [b for b in BACKENDS if importlib.util.find_spec(b)]
     if not backends:
         print(f"None of {', '.join(BACKENDS)} is installed; nothing to test.")
         return 2
     failed = []
     for i, backend in enumerate(backends):
-        which = [] if i == 0 else [WITHOUT_TOOLS]
+        which = [] if i == 0 and not options.oldest else [WITHOUT_TOOLS]
         if options.quick:
             which = [WITHOUT_TOOLS, f"--quick={i + 1}/{len(backends)}"]
-        if run(backend, which):
+        if run(python, backend, which):
             failed.append(backend)
     print(f"=== failed: {', '.join(failed)}" if failed else "=== all passed")
     return len(failed)
@@ -47,6 +50,16 @@ def parse() -> argparse.Namespace:
         help="for daily work: of each test that is not slow one case, on one backend",
     )
     parser.add_argument(
+        "--oldest",
+        action="store_true",
+        help="in .venv-oldest, with the oldest versions that pyproject.toml admits",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PATH",
+        help="for --oldest: the oldest Python; without, the one on the PATH",
+    )
+    parser.add_argument(
         "backends",
         nargs="*",
         metavar="BACKEND",
@@ -58,7 +71,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run(backend: str, which: list[str]) -> int:
+def run(python: str, backend: str, which: list[str]) -> int:
     """Test one backend; pytest's exit status, 0 if all passed."""
     print(f"=== {backend}", flush=True)
     start = time.monotonic()
@@ -73,7 +86,8 @@ def run(backend: str, which: list[str]) -> int:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        done = subprocess.run([*PYTEST, *which], cwd=ROOT, env=environment, check=False)
+        command = [python, *PYTEST, *which]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     print(f"=== {backend}: {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode
 
