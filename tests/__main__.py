@@ -82,7 +82,7 @@ def run(python: str, backend: str, which: list[str]) -> int:
             # A thread for each process: torch's wait for each other while they spin.
             "OMP_NUM_THREADS": "1",
             # Many tests compile the same programs: JAX keeps one's for the others.
-            # JAX 0.4.30 runs those with donated arrays wrongly, and crashes.
+            # With JAX 0.4.30 some of these crash or give wrong values.
             **(
                 {"JAX_COMPILATION_CACHE_DIR": folder}
                 if python == sys.executable
