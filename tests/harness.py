@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 import subprocess
@@ -71,7 +72,7 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adafactor", {"learning_rate": 0.01}),
     ("Muon", {"learning_rate": 0.01, "exclude_embeddings": False}),
 ]
-if "rms_rate" not in keras.optimizers.Muon().get_config():
+if "rms_rate" not in inspect.signature(keras.optimizers.Muon).parameters:
     EQUATIONS["Muon"] = EarlyMuon
 
 
