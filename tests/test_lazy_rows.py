@@ -321,7 +321,7 @@ def test_unknown_optimizers(mode, kind, moments, k):
 
 
 class InDict(keras.optimizers.Optimizer):
-    """w -= lr m, m = 0.9 m + g, with the momenta in a dict, and its steps counted."""
+    """w -= lr m, m = 0.9 m + g, with the momenta by number, and its steps counted."""
 
     def build(self, variables):
         if self.built:
@@ -329,13 +329,12 @@ class InDict(keras.optimizers.Optimizer):
         super().build(variables)
         self.updates = 0
         self.momentums = {
-            v.path: self.add_variable_from_reference(v, "m") for v in variables
+            i: self.add_variable_from_reference(v, "m") for i, v in enumerate(variables)
         }
 
     def update_step(self, gradient, variable, learning_rate):
         self.updates += 1
-        index = self._get_variable_index(variable)
-        momentum = self.momentums[self._trainable_variables[index].path]
+        momentum = self.momentums[self._get_variable_index(variable)]
         gradient = ops.convert_to_tensor(gradient)
         self.assign(momentum, 0.9 * momentum.value + gradient)
         rate = ops.cast(learning_rate, variable.dtype)
