@@ -18,7 +18,7 @@ def numbers(results: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
     """List what a run measured, all but the time it took, with its place."""
     if isinstance(results, dict):
         for key, value in results.items():
-            if key != "seconds":
+            if not key.endswith("seconds"):
                 yield from numbers(value, f"{path}.{key}" if path else key)
     elif isinstance(results, list):
         for index, value in enumerate(results):

@@ -5,6 +5,7 @@ tables of the pages are those that the runs give.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
-from experiments import _pages, cifar, language_model
+from examples.large_table import CURVES as TABLE_CURVES
+from experiments import _pages, cifar, language_model, large_table
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from workbench.plots import (
@@ -419,6 +421,63 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
     return figure
 
 
+# A large table
+
+
+def large_table_table(records: Sequence[Record]) -> Table:
+    """Accuracy and time of training on each size of table."""
+    table = [
+        [
+            "optimizer",
+            "rows",
+            "best validation accuracy, %",
+            "each seed",
+            "after each epoch, %",
+            "seconds of training an epoch, median without the first",
+        ]
+    ]
+    for rows in sorted({record["settings"]["rows"] for record in records}):
+        of_size = [r for r in records if r["settings"]["rows"] == rows]
+        for optimizer, group in _group(of_size, "optimizer", TABLE_CURVES).items():
+            best = _by_seed(group, "best_val_accuracy").values()
+            runs = _epochs(group)
+            accuracies = [
+                statistics.mean(epoch["val_accuracy"] for epoch in same)
+                for same in zip(*runs, strict=True)
+            ]
+            seconds = [epoch["seconds"] for epochs in runs for epoch in epochs[1:]]
+            table.append(
+                [
+                    TABLE_CURVES[optimizer].label,
+                    f"2^{math.log2(rows):g}",
+                    f"{100 * statistics.mean(best):.2f}",
+                    ", ".join(f"{100 * accuracy:.2f}" for accuracy in best),
+                    ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
+                    f"{statistics.median(seconds):.1f}",
+                ]
+            )
+    return table
+
+
+def draw_large_table(records: Sequence[Record]) -> Figure:
+    """Accuracy over the seconds of training, on the table of the usual size."""
+    usual = [r for r in records if r["settings"]["rows"] == large_table.ROWS]
+    groups = _group(usual, "optimizer", TABLE_CURVES)
+    runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    draw_measure(
+        axes,
+        "val_accuracy",
+        "validation accuracy",
+        runs,
+        TABLE_CURVES,
+        "trained_seconds",
+    )
+    legend(figure, axes)
+    return figure
+
+
 # The pages' tables and the pictures, and the folders of the runs they are made from.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb": ("imdb", imdb_table),
@@ -428,6 +487,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "cifar-k-alpha": ("cifar", k_alpha_table),
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
+    "large-table": ("large_table", large_table_table),
 }
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "imdb": ("imdb", draw_imdb),
@@ -435,6 +495,7 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "cifar-k-alpha": ("cifar", draw_k_alpha),
     "cifar-updates": ("cifar", draw_updates),
     "language-model": ("language_model", draw_language_model),
+    "large-table": ("large_table", draw_large_table),
 }
 
 

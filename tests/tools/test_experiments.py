@@ -19,6 +19,7 @@ from experiments import (  # noqa: E402
     compare,
     imdb,
     language_model,
+    large_table,
     report,
 )
 from workbench import cifar as cifar_data  # noqa: E402
@@ -178,6 +179,21 @@ def test_imdb_command(tmp_path):
     assert imdb.main([*arguments, "--output", str(tmp_path / "runs")]) == 0
     record = read(tmp_path / "runs", "lookahead-lazy-seed4")
     assert len(record["results"]["epochs"]) == 1
+
+
+def test_large_table_command(tmp_path):
+    arguments = ["--data", str(write_imdb(tmp_path / "imdb.npz")), "--epochs", "2"]
+    arguments += ["--optimizers", "adam", "lazy-freeze", "--seeds", "4"]
+    arguments += ["--rows", "30000", "--output", str(tmp_path)]
+    assert large_table.main(arguments) == 0
+    records = _runs.read(tmp_path)
+    for record in records:
+        first, second = record["results"]["epochs"]
+        assert second["trained_seconds"] == first["seconds"] + second["seconds"]
+    _, adam, lazy = report.large_table_table(records)
+    assert adam[0] == "Adam"
+    assert lazy[0] == "LazyOptimizer, freeze"
+    assert float(lazy[-1]) > 0
 
 
 # CIFAR-10
