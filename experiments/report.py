@@ -453,7 +453,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
                     f"{100 * statistics.mean(best):.2f}",
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in best),
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
-                    f"{statistics.median(seconds):.1f}",
+                    f"{statistics.median(seconds):.3g}",
                 ]
             )
     return table
