@@ -464,7 +464,7 @@ def draw_large_table(records: Sequence[Record]) -> Figure:
     usual = [r for r in records if r["settings"]["rows"] == large_table.ROWS]
     groups = _group(usual, "optimizer", TABLE_CURVES)
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(11, 5))
     axes = figure.subplots()
     draw_measure(
         axes,
