@@ -422,12 +422,10 @@ def training_model() -> keras.Model | None:
 
     On JAX that gives an optimizer mere values, not variables.
     """
-    frame = inspect.currentframe()
-    while frame:
+    for frame in _callers():
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
             return caller
-        frame = frame.f_back
     return None
 
 
@@ -487,12 +485,8 @@ def is_saving_or_loading() -> bool:
 
     It goes through all attributes then, and reads those that compute something, too.
     """
-    frame = inspect.currentframe()
-    while frame:
-        if frame.f_globals.get("__name__", "").startswith("keras.src.saving."):
-            return True
-        frame = frame.f_back
-    return False
+    names = (frame.f_globals.get("__name__", "") for frame in _callers())
+    return any(name.startswith("keras.src.saving.") for name in names)
 
 
 def is_refusing_a_file() -> bool:
@@ -500,13 +494,19 @@ def is_refusing_a_file() -> bool:
 
     It goes on with everything else first.
     """
-    frame = inspect.currentframe()
-    while frame:
+    for frame in _callers():
         if frame.f_code.co_name == "_load_state":
             has_failed = bool(frame.f_locals.get("failed_saveables"))
             return has_failed and not frame.f_locals.get("skip_mismatch")
-        frame = frame.f_back
     return False
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of what is running, the innermost first."""
+    frame = inspect.currentframe()
+    while frame:
+        yield frame
+        frame = frame.f_back
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

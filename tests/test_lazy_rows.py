@@ -292,9 +292,41 @@ class Masked:
         return run.weights
 
 
+class InDict(keras.optimizers.Optimizer):
+    """w -= lr m, m = 0.9 m + g, with the momenta by number, and its steps counted."""
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self.updates = 0
+        self.momentums = {
+            self.key(i): self.add_variable_from_reference(v, "m")
+            for i, v in enumerate(variables)
+        }
+
+    def key(self, index):
+        return index
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.updates += 1
+        momentum = self.momentums[self.key(self._get_variable_index(variable))]
+        gradient = ops.convert_to_tensor(gradient)
+        self.assign(momentum, 0.9 * momentum.value + gradient)
+        rate = ops.cast(learning_rate, variable.dtype)
+        self.assign_sub(variable, rate * momentum.value)
+
+
+class ByPath(InDict):
+    """The same with the momenta by the weights' paths, where they are found."""
+
+    def key(self, index):
+        return self._trainable_variables[index].path
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "moments", "k"),
-    rotated([Own, OwnAdam], ["decay", "freeze"], [None, 3]),
+    rotated([Own, OwnAdam, ByPath], ["decay", "freeze"], [None, 3]),
 )
 def test_unknown_optimizers(mode, kind, moments, k):
     weights = make_weights()
@@ -318,27 +350,6 @@ def test_unknown_optimizers(mode, kind, moments, k):
         if not k:
             idle = ~sampled_rows(step[0])
             assert_same_bits([ours[0][idle]], [before[idle]])
-
-
-class InDict(keras.optimizers.Optimizer):
-    """w -= lr m, m = 0.9 m + g, with the momenta by number, and its steps counted."""
-
-    def build(self, variables):
-        if self.built:
-            return
-        super().build(variables)
-        self.updates = 0
-        self.momentums = {
-            i: self.add_variable_from_reference(v, "m") for i, v in enumerate(variables)
-        }
-
-    def update_step(self, gradient, variable, learning_rate):
-        self.updates += 1
-        momentum = self.momentums[self._get_variable_index(variable)]
-        gradient = ops.convert_to_tensor(gradient)
-        self.assign(momentum, 0.9 * momentum.value + gradient)
-        rate = ops.cast(learning_rate, variable.dtype)
-        self.assign_sub(variable, rate * momentum.value)
 
 
 def test_slots_that_are_not_found_do_not_freeze():
