@@ -28,7 +28,8 @@ CURVES = {
 }
 TOKENS = 400
 NEGATED = 0.3  # of the made-up reviews' words, so that pairs carry meaning
-EPOCHS = 3
+ROWS, WIDTH = 2**21, 16
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 64, 1e-2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +91,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("large_table", description=__doc__)
     options.add_data(parser, imdb.SOURCES)
-    options.add_rate(parser, "--learning-rate", 1e-2)
-    options.add_comparison(parser, CURVES, batch_size=64)
-    options.add_size(parser, "--rows", 2**21, imdb.NUM_WORDS + 1, "of the table")
-    options.add_size(parser, "--width", 16, 1, "of the table")
+    options.add_rate(parser, "--learning-rate", LEARNING_RATE)
+    options.add_comparison(parser, CURVES, batch_size=BATCH_SIZE)
+    options.add_size(parser, "--rows", ROWS, imdb.NUM_WORDS + 1, "of the table")
+    options.add_size(parser, "--width", WIDTH, 1, "of the table")
     return parser.parse_args(arguments)
 
 

@@ -4,7 +4,6 @@ The model is that of `examples/large_table.py`: fastText's classifier, on real r
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,9 @@ from examples import large_table
 from examples.imdb_lazy import build_optimizer
 from experiments._runs import Progress, Settings, add_options, run_all
 from workbench import imdb as reviews
-from workbench.comparison import EpochTimer, epochs_of
+from workbench.comparison import EpochTimer, add_trained_seconds, epochs_of
 from workbench.options import add_optimizers, add_rate, add_size
 from workbench.sources import Data
-
-ROWS, WIDTH, BATCH_SIZE, LEARNING_RATE = 2**21, 16, 64, 1e-2
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     x_train, x_test = (
         large_table.with_pairs(x, rows) for x in (data.x_train, data.x_test)
     )
-    model = large_table.build_model(x_train.shape[1], rows, WIDTH)
+    model = large_table.build_model(x_train.shape[1], rows, large_table.WIDTH)
     model.compile(
         optimizer=build_optimizer(settings["optimizer"], settings["learning_rate"]),
         loss="binary_crossentropy",
@@ -38,7 +35,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     history = model.fit(
         x_train,
         data.y_train,
-        batch_size=BATCH_SIZE,
+        batch_size=large_table.BATCH_SIZE,
         epochs=settings["epochs"],
         validation_data=(x_test, data.y_test),
         validation_batch_size=256,
@@ -46,13 +43,10 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
         verbose=0,
     )
     epochs = epochs_of(history)
-    so_far = itertools.accumulate(epoch["seconds"] for epoch in epochs)
+    add_trained_seconds(epochs)
     return {
         "best_val_accuracy": max(history.history["val_accuracy"]),
-        "epochs": [
-            {**epoch, "trained_seconds": seconds}
-            for epoch, seconds in zip(epochs, so_far, strict=True)
-        ],
+        "epochs": epochs,
     }
 
 
@@ -60,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("large_table", description=__doc__)
     add_optimizers(parser, large_table.CURVES)
-    add_rate(parser, "--learning-rate", LEARNING_RATE)
-    add_size(parser, "--rows", ROWS, reviews.NUM_WORDS + 1, "of the table")
+    add_rate(parser, "--learning-rate", large_table.LEARNING_RATE)
+    add_size(parser, "--rows", large_table.ROWS, reviews.NUM_WORDS + 1, "of the table")
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
     runs: dict[str, Settings] = {

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
 from examples.large_table import CURVES as TABLE_CURVES
-from experiments import _pages, cifar, language_model, large_table
+from examples.large_table import ROWS
+from experiments import _pages, cifar, language_model
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from workbench.plots import (
@@ -461,7 +462,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
 
 def draw_large_table(records: Sequence[Record]) -> Figure:
     """Accuracy over the seconds of training, on the table of the usual size."""
-    usual = [r for r in records if r["settings"]["rows"] == large_table.ROWS]
+    usual = [r for r in records if r["settings"]["rows"] == ROWS]
     groups = _group(usual, "optimizer", TABLE_CURVES)
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
     figure = Figure(figsize=(11, 5))

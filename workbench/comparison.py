@@ -42,6 +42,14 @@ def epochs_of(history: keras.callbacks.History) -> list[dict[str, float]]:
     ]
 
 
+def add_trained_seconds(epochs: Sequence[dict[str, float]]) -> None:
+    """Add to what each epoch has measured how long was trained until its end."""
+    trained = 0.0
+    for epoch in epochs:
+        trained += epoch["seconds"]
+        epoch["trained_seconds"] = trained
+
+
 @dataclass(frozen=True)
 class Run:
     """One optimizer trained from one seed: a dict of measurements an epoch."""
@@ -120,10 +128,9 @@ class Comparison:
 
         At once, so that stopping a long comparison leaves what was done.
         """
-        epochs, trained = epochs_of(history), 0.0
+        epochs = epochs_of(history)
+        add_trained_seconds(epochs)
         for epoch in epochs:
-            trained += epoch["seconds"]
-            epoch["trained_seconds"] = trained
             epoch["ms_per_step"] = 1000 * epoch["seconds"] / history.params["steps"]
         self._runs.append(Run(optimizer, seed, epochs))
         self._write()
