@@ -4,7 +4,7 @@
 that is installed, and runs its optimizers' tests. In them every optimizer that is made
 becomes `Lookahead(optimizer, k=K)`, whose weights until its first sync are those of the
 optimizer alone: so what a test expects has to hold. Each failure is printed with its
-reason. Without, how the same tests fare with the optimizers as they are: `--plain`.
+reason. With `--plain` the same tests run with the optimizers as they are.
 """
 
 import argparse

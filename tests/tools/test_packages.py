@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 SMOKE = """
 import sys
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
