@@ -108,12 +108,13 @@ class Lookahead(OptimizerWrapper):
         if self.built:
             return
         variables = _arguments.check_weights(variables)
+        learned = [v for v in variables if not _is_set_by_its_layer(v)]
         initial_values: list[float] = []
         if self.inner_state == "reset":  # which not every optimizer knows
             innermost = _keras.innermost(self._inner)
-            initial_values = _initial_values(innermost, variables)
+            initial_values = _initial_values(innermost, learned)
         super().build(variables)
-        self._make_slow_copies(_keras.weights(self), initial_values)
+        self._make_slow_copies(learned, initial_values)
 
     @_keras.no_automatic_dependency_tracking
     def _make_slow_copies(self, weights: list, initial_values: list[float]) -> None:
@@ -339,6 +340,14 @@ class Lookahead(OptimizerWrapper):
 
     def _own_settings(self) -> dict[str, Any]:
         return {"k": self.k, "alpha": self.alpha, "inner_state": self.inner_state}
+
+
+def _is_set_by_its_layer(variable: Any) -> bool:
+    """Whether a layer returns a variable's next value as the gradient.
+
+    Float8 scales are such: measured, not learned, and nothing to average.
+    """
+    return getattr(variable, "overwrite_with_gradient", False)
 
 
 def _initial_values(

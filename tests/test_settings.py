@@ -9,6 +9,7 @@ from harness import (
     BACKEND,
     GRADIENTS,
     MODES,
+    VOCABULARY,
     Run,
     assert_agree,
     assert_follows,
@@ -19,6 +20,7 @@ from harness import (
     make_gradients,
     make_model,
     make_weights,
+    numpy,
     rotated,
 )
 from reference import Reference
@@ -366,3 +368,25 @@ def test_mixed_precision_fit(policy):
     assert history.history["loss"][-1] < history.history["loss"][0]
     wrapper = model.optimizer.inner_optimizer if scaled else model.optimizer
     assert isinstance(wrapper, Lookahead)
+
+
+@pytest.mark.parametrize("inner_state", ["maintain", "interpolate", "reset"])
+def test_scales_of_float8_are_not_synced(inner_state):
+    """Their layer sets them, as gradients; at a rate of 0 nothing else moves."""
+    x, y = make_data(48)
+    trained = []
+    for is_wrapped in (False, True):
+        keras.utils.set_random_seed(0)
+        dense = keras.layers.Dense(1)
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Embedding(VOCABULARY, 2), dense]
+        )
+        dense.quantize("float8")
+        optimizer = keras.optimizers.SGD(0.0, momentum=0.9)
+        if is_wrapped:
+            inside = LazyOptimizer(optimizer)
+            optimizer = Lookahead(inside, **LOOKAHEAD, inner_state=inner_state)
+        model.compile(optimizer, "mse")
+        model.fit(x, y[:, None], batch_size=8, shuffle=False, verbose=0)
+        trained.append(numpy(model.trainable_variables))
+    assert_same_bits(*trained)
