@@ -233,8 +233,8 @@ def check_gradients(gradients: Any, weights: list) -> None:
         )
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            f"No gradients: each of the {len(weights)} is None. Does the loss depend "
-            "on the weights?"
+            "No gradients provided for any variable. "  # as Keras says it
+            f"Each of the {len(weights)} is None: does the loss depend on the weights?"
         )
     for gradient, weight in zip(gradients, weights, strict=True):
         shape = _static_shape(gradient)

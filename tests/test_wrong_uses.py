@@ -609,7 +609,7 @@ STEPS = {
             "no gradient at all",
             lambda o, m: o.apply([None] * 3, m.weights),
             ValueError,
-            "No gradients: each of the 3 is None",
+            r"No gradients provided for any variable\. Each of the 3 is None",
         ),
         (
             "pairs",
