@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
+    # Slow ones first: at the end, one that takes long would let other workers wait.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if (share := config.getoption("quick")) is None:
         return
     turn, turns = map(int, share.split("/"))

@@ -74,6 +74,8 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 ]
 if "rms_rate" not in inspect.signature(keras.optimizers.Muon).parameters:
     EQUATIONS["Muon"] = EarlyMuon
+    if BACKEND == "tensorflow":  # on which that Muon cannot train, without us either
+        OPTIMIZERS.pop()
 
 
 def name_of(case: Any) -> str | None:
