@@ -27,10 +27,8 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = ["in_stateless_scope", "no_automatic_dependency_tracking"]
 
-# Lists with one entry per weight that are no slots: the weights themselves, and
-# what the base class keeps for every optimizer.
+# Lists of the base class that may have one entry per weight and are no slots.
 _NOT_SLOTS = {
-    "_trainable_variables",
     "_variables",
     "_accumulated_gradients",
     "_model_variables_moving_average",
@@ -180,10 +178,11 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
 
     Keras's convention, which its own optimizers and its guide for new ones
     follow: a list attribute with one entry per weight, in the order of `build`.
-    (Muon's, up to Keras 3.12, are dictionaries by the weights' paths.)
+    (Muon's, up to Keras 3.12, are dictionaries by the weights' paths.) The weights
+    themselves, which an optimizer may keep likewise, are none.
     """
     index = optimizer._get_variable_index(variable)
-    count = len(weights(optimizer))
+    weight, count = weights(optimizer)[index], len(weights(optimizer))
     found = {}
     for name, entries in vars(optimizer).items():
         slot = None
@@ -192,7 +191,9 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
         elif isinstance(entries, list) and name not in _NOT_SLOTS:
             slot = entries[index] if len(entries) == count else None
         # Adafactor fills its lists with integers where a weight has no such slot.
-        if isinstance(slot, keras.Variable) and "float" in slot.dtype:
+        if slot is weight or not isinstance(slot, keras.Variable):
+            continue
+        if "float" in slot.dtype:
             found[name] = slot
     return found
 
@@ -274,6 +275,7 @@ def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Varia
     # Of a weight with another number of rows it would be in the place of another.
     alike = [v for v in weights(optimizer) if tuple(v.shape[:1]) == rows]
     known = [
+        weights(optimizer),
         *(slots(optimizer, v).values() for v in alike),
         vars(optimizer).get("_accumulated_gradients", []),
         vars(optimizer).get("_model_variables_moving_average", []),

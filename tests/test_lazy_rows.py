@@ -318,7 +318,12 @@ class InDict(keras.optimizers.Optimizer):
 
 
 class ByPath(InDict):
-    """The same with the momenta by the weights' paths, where they are found."""
+    """With momenta by the weights' paths, where they are found, and with weights."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.weights_as_list = list(variables)
+        self.weights_by_path = {variable.path: variable for variable in variables}
 
     def key(self, index):
         return self._trainable_variables[index].path
