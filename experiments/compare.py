@@ -1,17 +1,29 @@
 """Compare runs that were made again with those in `experiments/results`.
 
-`python -m experiments.compare results/imdb` prints a line a run: what both hold is
-equal, or which number is farthest off. The status is 1 unless all are equal.
+`python -m experiments.compare results/imdb` prints a line a run. On the same machine a
+run ends where it ended before, to the last digit: "equal". Another one rounds
+differently, and that grows; what a run was made for then has to lie within the interval
+in which 95 % of further seeds would lie, by what the committed ones say. The status is 1
+if one lies outside, or if there are no two seeds to tell.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments._runs import RESULTS, read
+from experiments._intervals import next_interval
+from experiments._runs import RESULTS, Record, Settings, read
+
+# What a run was made for, by the experiment.
+MEASURES = {
+    "imdb": "best_val_accuracy",
+    "large_table": "best_val_accuracy",
+    "cifar": "test.accuracy",
+    "language_model": "test_perplexity",
+}
 
 
 def numbers(results: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
@@ -43,6 +55,31 @@ def difference(again: Any, before: Any) -> str:
     return f"{farthest} is {first[farthest]}, was {second[farthest]}"
 
 
+def against_seeds(again: Record, committed: Iterable[Record]) -> tuple[bool, str]:
+    """Say whether a run lies where further seeds would, and in words."""
+    measure = MEASURES.get(again["experiment"], "")
+    values = [
+        dict(numbers(record["results"])).get(measure)
+        for record in committed
+        if _but_seed(record) == _but_seed(again)
+    ]
+    value = dict(numbers(again["results"])).get(measure)
+    known = [each for each in values if each is not None]
+    if value is None or len(known) < max(2, len(values)):
+        return False, f"no interval, from {len(known)} seeds"
+    mean, margin = next_interval(known)
+    is_within = abs(value - mean) <= margin
+    verdict = "within" if is_within else "outside of"
+    return is_within, (
+        f"{verdict} the interval: {measure} is {value:.6g}; {len(known)} seeds say "
+        f"{mean:.6g} ± {margin:.2g}"
+    )
+
+
+def _but_seed(record: Record) -> tuple[str, Settings]:
+    return record["experiment"], {**record["settings"], "seed": None}
+
+
 def _relative(value: float | None, before: float | None) -> float:
     if value is None or before is None:  # one of them diverged
         return math.inf
@@ -62,24 +99,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in RESULTS.iterdir()
         for record in read(folder)
     }
-    differing = 0
+    failed = 0
     for record in records:
-        before = committed.get((record["experiment"], record["name"]))
-        if before is None:
-            verdict = "not in experiments/results"
-        elif before["settings"] != record["settings"]:
-            verdict = "of other settings"
-        else:
-            verdict = difference(record["results"], before["results"])
-            others = [
-                f"{key} {record['environment'].get(key)}, was {value}"
-                for key, value in before["environment"].items()
-                if key != "date" and value != record["environment"].get(key)
-            ]
-            verdict += f" ({'; '.join(others)})" if verdict and others else ""
-        differing += bool(verdict)
-        print(f"{record['name']}: {verdict or 'equal'}")
-    return min(differing, 1)
+        is_fine, verdict = _compare(record, committed)
+        failed += not is_fine
+        print(f"{record['name']}: {verdict}")
+    return min(failed, 1)
+
+
+def _compare(record: Record, committed: Mapping[Any, Record]) -> tuple[bool, str]:
+    before = committed.get((record["experiment"], record["name"]))
+    if before is None:
+        return False, "not in experiments/results"
+    if before["settings"] != record["settings"]:
+        return False, "of other settings"
+    off = difference(record["results"], before["results"])
+    if not off:
+        return True, "equal"
+    is_fine, verdict = against_seeds(record, committed.values())
+    others = [
+        f"{key} {record['environment'].get(key)}, was {value}"
+        for key, value in before["environment"].items()
+        if key != "date" and value != record["environment"].get(key)
+    ]
+    return is_fine, "; ".join([verdict, off, *others])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 
 from examples import imdb_lazy
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
+from keras_lookahead_lazy import SlowWeights
 from workbench import imdb as reviews
 from workbench.comparison import EpochTimer, epochs_of
 from workbench.options import add_optimizers
@@ -103,7 +104,7 @@ class RowMovement(keras.callbacks.Callback):
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
-    """Train once; return what each epoch measured."""
+    """Train once; return what each epoch measured, with Lookahead on both weights."""
     model = imdb_lazy.build_model(tokens=data.x_train.shape[1])
     model.compile(
         optimizer=imdb_lazy.build_optimizer(settings["optimizer"]),
@@ -112,13 +113,16 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     )
     batches = Batches(data.x_train, data.y_train, settings["seed"])
     movement = RowMovement(batches)
+    callbacks = [movement, Progress(name), EpochTimer()]
+    if "lookahead" in settings["optimizer"]:
+        callbacks.insert(0, SlowWeights(prefix="slow_"))
     history = model.fit(
         batches,
         epochs=settings["epochs"],
         shuffle=False,  # not the batches, too
         validation_data=(data.x_test, data.y_test),
         validation_batch_size=256,
-        callbacks=[movement, Progress(name), EpochTimer()],
+        callbacks=callbacks,
         verbose=0,
     )
     return {

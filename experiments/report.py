@@ -8,7 +8,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from examples.imdb_lazy import CURVES as IMDB_CURVES
 from examples.large_table import CURVES as TABLE_CURVES
 from examples.large_table import ROWS
 from experiments import _pages, cifar, language_model
+from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from workbench.plots import (
@@ -69,6 +70,7 @@ def imdb_table(records: Sequence[Record]) -> Table:
             "best validation accuracy, %",
             "each seed",
             "points above Adam, same seeds",
+            "best on the slow weights, %",
             "last epoch, %",
             "train loss, last epoch",
             "a sampled row moves in a step, 1e-3",
@@ -78,8 +80,11 @@ def imdb_table(records: Sequence[Record]) -> Table:
     ]
     for optimizer, group in groups.items():
         accuracy = _by_seed(group, "best_val_accuracy")
-        above = [
-            100 * (accuracy[seed] - adam[seed]) for seed in accuracy if seed in adam
+        above = [accuracy[seed] - adam[seed] for seed in accuracy if seed in adam]
+        slow = [
+            max(epoch["slow_val_accuracy"] for epoch in epochs)
+            for epochs in _epochs(group)
+            if "slow_val_accuracy" in epochs[0]
         ]
         runs = _epochs(group)
         ends = [epochs[-1] for epochs in runs]
@@ -94,9 +99,10 @@ def imdb_table(records: Sequence[Record]) -> Table:
         table.append(
             [
                 IMDB_CURVES[optimizer].label,
-                f"{100 * statistics.mean(accuracy.values()):.2f}",
+                _percent(accuracy.values()),
                 ", ".join(f"{100 * value:.2f}" for value in accuracy.values()),
-                "" if optimizer == "adam" else f"{statistics.mean(above):+.2f}",
+                "" if optimizer == "adam" else _percent(above, "+"),
+                _percent(slow) if slow else "",
                 f"{100 * statistics.mean(end['val_accuracy'] for end in ends):.2f}",
                 f"{statistics.mean(end['loss'] for end in ends):.3f}",
                 *(f"{1000 * distance:.2f}" for distance in movement[:2]),
@@ -283,7 +289,7 @@ def updates_table(records: Sequence[Record]) -> Table:
             for measure, factor, digits in (("accuracy", 100, 3), ("loss", 1, 5)):
                 values = np.array([cycle[measure] for cycle in of_cycles])
                 for change in changes(factor * values, cifar.K):
-                    mean, margin = interval(change)
+                    mean, margin = mean_interval(change.tolist())
                     row.append(f"{mean:+.{digits}f} ± {margin:.{digits}f}")
             table.append(row)
     return table
@@ -299,12 +305,6 @@ def changes(cycles: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
     start, before, after = cycles[:, 0], cycles[:, -2], cycles[:, -1]
     return (before - start) / k, after - before
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % confidence interval (normal)."""
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), statistics.NormalDist().inv_cdf(0.975) * float(error)
 
 
 def draw_updates(records: Sequence[Record]) -> Figure:
@@ -328,7 +328,8 @@ def draw_updates(records: Sequence[Record]) -> Figure:
         trace.set(xlabel=x_label, ylabel="test accuracy, %")
         all_cycles = np.concatenate(percents)
         since_sync = (all_cycles - all_cycles[:, :1]).T[1:]
-        means, margins = np.array([interval(values) for values in since_sync]).T
+        intervals = [mean_interval(values.tolist()) for values in since_sync]
+        means, margins = np.array(intervals).T
         places = np.arange(1, k + 2)
         cycle.axhline(0, color=GREY, ls=":")
         for chosen, color, label in (
@@ -451,7 +452,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
                 [
                     TABLE_CURVES[optimizer].label,
                     f"2^{math.log2(rows):g}",
-                    f"{100 * statistics.mean(best):.2f}",
+                    _percent(best),
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in best),
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
                     f"{statistics.median(seconds):.3g}",
@@ -565,6 +566,12 @@ def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
     return {
         record["settings"]["seed"]: record["results"][measure] for record in records
     }
+
+
+def _percent(values: Collection[float], sign: str = "") -> str:
+    """The mean of parts of 1, in percent, with its 95 % interval."""
+    mean, margin = mean_interval([100 * value for value in values])
+    return f"{mean:{sign}.2f}" + (f" ± {margin:.2f}" if len(values) > 1 else "")
 
 
 def _mean(

@@ -22,6 +22,7 @@ from experiments import (  # noqa: E402
     large_table,
     report,
 )
+from experiments._intervals import mean_interval, next_interval  # noqa: E402
 from workbench import cifar as cifar_data  # noqa: E402
 from workbench import imdb as imdb_data  # noqa: E402
 from workbench.sources import Data, DataError  # noqa: E402
@@ -178,7 +179,8 @@ def test_imdb_command(tmp_path):
     arguments += ["--optimizers", "lookahead-lazy", "--seeds", "4"]
     assert imdb.main([*arguments, "--output", str(tmp_path / "runs")]) == 0
     record = read(tmp_path / "runs", "lookahead-lazy-seed4")
-    assert len(record["results"]["epochs"]) == 1
+    (epoch,) = record["results"]["epochs"]
+    assert 0 <= epoch["slow_val_accuracy"] <= 1
 
 
 def test_large_table_command(tmp_path):
@@ -370,9 +372,16 @@ def test_changes_by_a_fast_update_and_by_a_sync():
     fast, sync = report.changes(cycles, k=2)
     np.testing.assert_allclose(fast, [-1.0, 0.5])
     np.testing.assert_allclose(sync, [4.0, 0.5])
-    mean, margin = report.interval(np.array([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_intervals_of_a_few_seeds():
+    """The quantile is that of Student's tables: 3.182 for four values."""
+    mean, margin = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
-    assert margin == pytest.approx(1.959964 * (5 / 3) ** 0.5 / 2, rel=1e-6)
+    assert margin == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2, rel=1e-6)
+    mean, margin = next_interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert margin == pytest.approx(3.182446 * (5 / 3) ** 0.5 * 1.25**0.5, rel=1e-6)
 
 
 def trained(k, alpha, rate, momentum, seed, loss):
@@ -428,11 +437,35 @@ def test_runs_made_again_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", committed)
     assert run_squares(committed / "squares", 2, 3) == 0
     shutil.copytree(committed / "squares", again)
-    changed = read(again, "seed3")
     assert compare.main([str(again)]) == 0
-    changed["results"]["squared"] = 8
-    (again / "seed3.json").write_text(json.dumps(changed))
+    change_squared(again, "seed3", 8)
     capsys.readouterr()
     assert compare.main([str(again)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["seed2: equal", "seed3: squared is 8, was 9"]
+    assert lines[0] == "seed2: equal"
+    assert lines[1] == "seed3: no interval, from 0 seeds; squared is 8, was 9"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(61, "within"), (62, "outside of")])
+def test_runs_made_elsewhere_lie_where_other_seeds_would(
+    value, verdict, tmp_path, monkeypatch, capsys
+):
+    """4 and 9 say 6.5 ± 55.02, which is 12.706 * 3.536 * 1.225."""
+    committed, again = tmp_path / "results", tmp_path / "again"
+    monkeypatch.setattr(compare, "RESULTS", committed)
+    monkeypatch.setattr(compare, "MEASURES", {"squares": "squared"})
+    run_squares(committed / "squares", 2, 3)
+    shutil.copytree(committed / "squares", again)
+    change_squared(again, "seed3", value)
+    capsys.readouterr()
+    assert compare.main([str(again)]) == (verdict != "within")
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"seed3: {verdict} the interval: squared is {value}; 2 seeds"
+    )
+
+
+def change_squared(folder, name, squared):
+    run = read(folder, name)
+    run["results"]["squared"] = squared
+    (folder / f"{name}.json").write_text(json.dumps(run))
