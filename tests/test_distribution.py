@@ -49,6 +49,12 @@ ENGINES = {
     ],
     "torch": [["ddp", "--replicas=2"], ["ddp", "--replicas=3"]],
 }[BACKEND]
+if BACKEND == "jax":
+    import jax
+
+    if getattr(jax.config, "jax_cpu_collectives_implementation", "none") == "none":
+        # Early versions compute on a CPU in one process only.
+        ENGINES = [engine for engine in ENGINES if "--processes=2" not in engine]
 ALONE = {
     "tensorflow": ["mirrored", "--replicas=1"],  # under OneDeviceStrategy
     "jax": ["data_parallel", "--replicas=1"],

@@ -135,6 +135,8 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
         for array in batch()
     )
     layout = jax.tree.map(lambda array: array.sharding, state)
+    if hasattr(model, "_record_training_state_sharding_spec"):  # as an early `fit` does
+        model._record_training_state_sharding_spec()
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, layout))
     text = step.lower(state, data).compile().as_text()
     return [
