@@ -3,8 +3,8 @@
 `python -m experiments.compare results/imdb` prints a line a run. On the same machine a
 run ends where it ended before, to the last digit: "equal". Another one rounds
 differently, and that grows; what a run was made for then has to lie within the interval
-in which 95 % of further seeds would lie, by what the committed ones say. The status is 1
-if one lies outside, or if there are no two seeds to tell.
+in which 95 % of further seeds would, by what the committed ones say. The status is 1 if
+one lies outside, or if there are no two seeds to tell.
 """
 
 import argparse

@@ -210,6 +210,28 @@ def check_weights(weights: Any) -> list:
     return weights
 
 
+def check_slots_are_known(
+    setting: str, inner: keras.Optimizer, weights: list, instead: str
+) -> None:
+    """Refuse a setting under which slots in an unknown place would be forgotten."""
+    unknown = _keras.unknown_slots(inner, weights)
+    if not unknown:
+        return
+    kind, names = type(inner).__name__, ", ".join(each.path for each in unknown)
+    keeps = f"keeps {names}, which may be some, but"
+    if hasattr(inner, "optimizers"):
+        raise ValueError(
+            f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in "
+            "optimizers of its own. Wrap each of those instead of all in one, or use "
+            f"{instead}."
+        )
+    raise ValueError(
+        f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in no list "
+        "with one entry for each weight, in the order of `build`. Keep them like this, "
+        f"or use {instead}."
+    )
+
+
 def _is_variable(value: Any) -> bool:
     """Whether it is a Keras variable, or a `tf.Variable`."""
     return hasattr(value, "assign") and hasattr(value, "shape")

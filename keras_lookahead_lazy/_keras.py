@@ -269,22 +269,20 @@ def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
     return {name for name, slot in found.items() if tuple(slot.shape[:1]) == (length,)}
 
 
-def unknown_slots(optimizer: keras.Optimizer, variable: Any) -> list[keras.Variable]:
-    """Variables that may be slots of a table, but not where `slots` looks for them."""
-    rows = tuple(variable.shape[:1])
-    # Of a weight with another number of rows it would be in the place of another.
-    alike = [v for v in weights(optimizer) if tuple(v.shape[:1]) == rows]
+def unknown_slots(optimizer: keras.Optimizer, variables: list) -> list[keras.Variable]:
+    """What may be slots of some weights, but not where `slots` looks for them."""
+    rows = {tuple(variable.shape[:1]) for variable in variables} - {()}
     known = [
         weights(optimizer),
-        *(slots(optimizer, v).values() for v in alike),
+        *(slots(optimizer, variable).values() for variable in variables),
         vars(optimizer).get("_accumulated_gradients", []),
         vars(optimizer).get("_model_variables_moving_average", []),
     ]
     ids = {id(each) for entries in known for each in entries}
     return [
         each
-        for each in optimizer._variables
-        if tuple(each.shape[:1]) == rows and id(each) not in ids
+        for each in optimizer.variables
+        if tuple(each.shape[:1]) in rows and id(each) not in ids
     ]
 
 

@@ -11,7 +11,11 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
-from keras_lookahead_lazy._arguments import check_choice, check_weights
+from keras_lookahead_lazy._arguments import (
+    check_choice,
+    check_slots_are_known,
+    check_weights,
+)
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._catch_up import MovedRows, SlowCopy
 from keras_lookahead_lazy._keras import chain
@@ -174,16 +178,10 @@ class LazyOptimizer(OptimizerWrapper):
         """Refuse to freeze slots that are not where Keras's optimizers keep them."""
         inner = _keras.innermost(self._inner)
         for table in tables if moments == "freeze" else []:
-            unknown = _keras.unknown_slots(inner, table)
-            if unknown:
-                raise ValueError(
-                    "moments='freeze' has to know the inner optimizer's slots for "
-                    f"{table.path}. {type(inner).__name__} made "
-                    f"{', '.join(each.path for each in unknown)}, which may be some, "
-                    "but keeps them in no list with one entry for each weight, in "
-                    "the order of `build`. Keep them like this, or use "
-                    "moments='decay'."
-                )
+            # A weight with other rows would have its slots in the place of others.
+            rows = tuple(table.shape[:1])
+            alike = [v for v in _keras.weights(inner) if tuple(v.shape[:1]) == rows]
+            check_slots_are_known("moments='freeze'", inner, alike, "moments='decay'")
 
     def _make_table(self, variable: keras.Variable) -> Table:
         inner = _keras.innermost(self._inner)

@@ -70,7 +70,8 @@ class Lookahead(OptimizerWrapper):
     Raises:
         TypeError: `optimizer` is no optimizer, or a setting of the inner optimizer
             was given to `Lookahead`.
-        ValueError: `k`, `alpha` or `inner_state` is out of range.
+        ValueError: `k`, `alpha` or `inner_state` is out of range; or, in `build`, the
+            inner optimizer's slots are not where `inner_state` looks for them.
 
     Reference: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
     1 step back", NeurIPS 2019, arXiv:1907.08610.
@@ -109,10 +110,16 @@ class Lookahead(OptimizerWrapper):
             return
         variables = _arguments.check_weights(variables)
         learned = [v for v in variables if not _is_set_by_its_layer(v)]
+        innermost = _keras.innermost(self._inner)
         initial_values: list[float] = []
         if self.inner_state == "reset":  # which not every optimizer knows
-            innermost = _keras.innermost(self._inner)
             initial_values = _initial_values(innermost, learned)
+        if self.inner_state != "maintain":
+            if not self._inner.built:
+                self._inner.build(variables)
+            setting = f"inner_state={self.inner_state!r}"
+            instead = "inner_state='maintain'"
+            _arguments.check_slots_are_known(setting, innermost, variables, instead)
         super().build(variables)
         self._make_slow_copies(learned, initial_values)
 

@@ -390,3 +390,64 @@ def test_scales_of_float8_are_not_synced(inner_state):
         model.fit(x, y[:, None], batch_size=8, shuffle=False, verbose=0)
         trained.append(numpy(model.trainable_variables))
     assert_same_bits(*trained)
+
+
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="came after Keras 3.12"
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_inside_of_a_multi_optimizer(mode):
+    """An optimizer for the table and one for the rest, each with its own cycle."""
+    weights = make_weights()
+    cases: list[Any] = [
+        ("Adam", {"learning_rate": 0.05}),
+        ("SGD", {"learning_rate": 0.05, "momentum": 0.9}),
+    ]
+    cycles: list[dict[str, Any]] = [
+        {"k": 2, "alpha": 0.3, "inner_state": "interpolate"},
+        {"k": 3, "alpha": 0.6, "inner_state": "reset"},
+    ]
+    words = Lookahead(LazyOptimizer(make(cases[0])), **cycles[0])
+    others = Lookahead(make(cases[1]), **cycles[1])
+    references = [
+        Reference(weights[:1], cases[0], lazy=LAZY, lookahead=cycles[0]),
+        Reference(weights[1:], cases[1], lookahead=cycles[1]),
+    ]
+    run = Run(
+        keras.optimizers.MultiOptimizer(
+            lambda variable: words if "words" in variable.path else others
+        ),
+        weights,
+        mode,
+        sparse=(0,),
+    )
+    for step in make_gradients(13, weights):
+        references[0].apply(step[:1])
+        references[1].apply(step[1:])
+        assert_agree(run.step(step), references[0].weights + references[1].weights)
+
+
+@pytest.mark.parametrize("inner_state", ["interpolate", "reset"])
+def test_slots_that_are_not_found_are_not_left_out(inner_state):
+    """A sync that knew nothing of them would be that of "maintain"."""
+
+    class ByNumber(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            self.shadows = {
+                i: self.add_variable_from_reference(variable, "shadow")
+                for i, variable in enumerate(variables)
+            }
+
+    optimizer = Lookahead(ByNumber(0.1), inner_state=inner_state)
+    with pytest.raises(
+        ValueError, match=r"words_embeddings_shadow, .*no list with one"
+    ):
+        Run(optimizer, make_weights())
+    assert not optimizer.built
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        inside = keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1, momentum=0.9))
+        )
+        with pytest.raises(ValueError, match="Wrap each of those"):
+            Run(Lookahead(inside, inner_state=inner_state), make_weights())
