@@ -65,7 +65,8 @@ ALONE = {
 def run(engine, *arguments):
     """Run an example; what it prints."""
     name, *options = engine
-    return run_python("-m", f"examples.distributed.{name}", *options, *arguments)
+    program = f"examples.distributed.{name}"
+    return run_python("-m", program, *options, *arguments, one_backend=True)
 
 
 def contents(path):
@@ -162,7 +163,7 @@ def gradients_stay_sparse():
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 def test_gradients_stay_sparse_through_the_all_reduce():
-    run_python(__file__, "gradients_stay_sparse")
+    run_python(__file__, "gradients_stay_sparse", one_backend=True)
 
 
 def no_table_is_gathered(shard):
@@ -213,7 +214,7 @@ def no_table_is_gathered(shard):
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
 @pytest.mark.parametrize("shard", ["rows", "columns"])
 def test_no_table_is_gathered(shard):
-    run_python(__file__, "no_table_is_gathered", shard)
+    run_python(__file__, "no_table_is_gathered", shard, one_backend=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What crosses between replicas in a training step is rows, not the table."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import BACKEND
+from harness import BACKEND, environment
 from traffic import LOOK_UPS, VOCABULARY, WIDTH, Crossing
 
 from examples.distributed._task import free_port
@@ -33,7 +32,7 @@ def crossings(engine, setting):
     cluster = {"worker": [f"localhost:{free_port()}" for _ in range(count)]}
     processes = []
     for rank in range(count):
-        environment = {
+        of_rank = {
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
             "MASTER_ADDR": "localhost",
@@ -41,12 +40,12 @@ def crossings(engine, setting):
         }
         if engine == "multi_worker":
             task = {"cluster": cluster, "task": {"type": "worker", "index": rank}}
-            environment["TF_CONFIG"] = json.dumps(task)
+            of_rank["TF_CONFIG"] = json.dumps(task)
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "tests.traffic", engine, setting],
                 cwd=ROOT,
-                env={**os.environ, **environment},
+                env={**environment(one_backend=True), **of_rank},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
