@@ -1,9 +1,9 @@
 """Kill trainings at random moments, let them go on, and compare where they end.
 
 `KERAS_BACKEND=jax python -m tests.kill_and_resume --kills 30` kills processes that
-train with each optimizer and each way to save, by SIGKILL: after a number of steps, or
-while a file is written. Each is started again until it ends, and has to end bit for
-bit, optimizer included, where a training that nobody interrupted does.
+train with each optimizer and each way to save: after a number of steps, or at some
+moment while a file is written. Each is started again until it ends, and has to end bit
+for bit, optimizer included, where a training that nobody interrupted does.
 
 `BackupAndRestore` of Keras writes two files, one after the other and each in its place.
 A training that was killed in there is told apart, and is no failure of this program.
@@ -84,8 +84,8 @@ def survive(names: Sequence[str], kills: int, seed: int) -> list[Training]:
 
 
 def uninterrupted(names: Sequence[str], folder: Path) -> float:
-    """Run trainings as they are; the median of how long it takes to save."""
-    process = start(folder, 0, names)
+    """Run trainings as they are; the shortest time that it takes to save."""
+    process = start(folder, names)
     times, begun = [], 0.0
     for line in lines(process):
         if line.startswith("saving"):
@@ -94,7 +94,7 @@ def uninterrupted(names: Sequence[str], folder: Path) -> float:
             times.append(time.monotonic() - begun)
     if process.wait():
         raise RuntimeError(f"an uninterrupted training ended with {process.returncode}")
-    return float(np.median(times))
+    return min(times)
 
 
 def one_round(
@@ -113,20 +113,14 @@ def one_round(
             steps = random_.randint(1, max(2, 2 * left // (kills + 1)))
             if kills % 2:
                 steps, saves = 0, max(1, steps // 4)
-        process = start(folder, steps, [t.name for t in pending])
-        hit = follow(process, trainings, saves, random_.uniform(0, 1.2) * duration)
-        kills -= hit is not None
+        delay = random_.uniform(0.001, duration)
+        process = start(folder, [t.name for t in pending], steps, saves, delay)
+        kills -= follow(process, trainings)
     return kills
 
 
-def follow(
-    process: subprocess.Popen, trainings: list[Training], saves: int, delay: float
-) -> Training | None:
-    """Read what a process says; kill it so long after so many saves have begun.
-
-    Returns:
-        The training in which it was killed.
-    """
+def follow(process: subprocess.Popen, trainings: list[Training]) -> bool:
+    """Read what a process says, and note how it ended: whether it was killed."""
     by_name = {training.name: training for training in trainings}
     current, is_saving, line = trainings[0], False, ""
     for line in lines(process):
@@ -137,26 +131,34 @@ def follow(
             current.unreadable += 1
         elif word in ("saving", "saved"):
             is_saving = word == "saving"
-            saves -= is_saving
-            if is_saving and saves == 0:
-                time.sleep(delay)
-                process.kill()
-    if process.wait() == -signal.SIGKILL:
+    if process.wait() in (-signal.SIGKILL, -signal.SIGALRM):
         current.kills += 1
         current.kills_in_saving += is_saving
-        return current
+        return True
     if process.returncode:
         current.outcome = f"does not go on: {line}"
-    return None
+    return False
 
 
-def start(folder: Path, dies_after: int, names: Iterable[str]) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)])
+def start(
+    folder: Path,
+    names: Iterable[str],
+    steps: int = 0,
+    saves: int = 0,
+    delay: float = 0.0,
+) -> subprocess.Popen:
+    tests = ROOT / "tests"
+    folders = [tests / "one_backend", ROOT, tests, *filter(None, sys.path)]
     program = [sys.executable, "-m", "tests.training_to_kill"]
     return subprocess.Popen(
-        [*program, str(folder), str(dies_after), *names],
+        [*program, *map(str, (folder, steps, saves, delay)), *names],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={
+            **os.environ,
+            "KERAS_BACKEND": BACKEND,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

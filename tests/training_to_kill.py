@@ -1,10 +1,10 @@
 """Trainings that are killed and go on from their files: what `kill_and_resume` starts.
 
-`python -m tests.training_to_kill FOLDER DIES_AFTER CASE:METHOD...` runs one after the
-other, each in a folder of its own and from where its files are. It prints what it
-begins: "training CASE:METHOD", "saving" and "saved", and which file is "unreadable".
-After so many steps it kills itself; 0 lets it live. `result.npz` has the state in the
-end.
+`python -m tests.training_to_kill FOLDER STEPS SAVES DELAY CASE:METHOD...` runs one
+after the other, each in a folder of its own and from where its files are. It prints what
+it begins: "training CASE:METHOD", "saving" and "saved", and which file is "unreadable".
+It ends at once, as by SIGKILL, after STEPS steps, or DELAY seconds after it has begun to
+save for the SAVES-th time; 0 lets it live. `result.npz` has the state in the end.
 """
 
 from __future__ import annotations
@@ -170,14 +170,21 @@ class Narrator(keras.callbacks.Callback):
 
 
 class Killer(keras.callbacks.Callback):
-    def __init__(self, dies_after: int) -> None:
+    """Ends the process. No handler sees the signals; a timer needs no turn of ours."""
+
+    def __init__(self, steps: int, saves: int, delay: float) -> None:
         super().__init__()
-        self.steps_left = dies_after
+        self.steps_left, self.saves_left, self.delay = steps, saves, delay
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.steps_left -= 1
         if self.steps_left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self.saves_left -= 1
+        if self.saves_left == 0:
+            signal.setitimer(signal.ITIMER_REAL, self.delay)
 
 
 def run(folder: Path, training: str, killer: Killer) -> None:
@@ -185,7 +192,7 @@ def run(folder: Path, training: str, killer: Killer) -> None:
 
     def fit_with(model: keras.Model, done: int, callback: Any) -> keras.Model:
         saving, saved = Narrator("saving"), Narrator("saved")
-        callbacks = [killer, saving, callback, saved]
+        callbacks = [saving, killer, callback, saved]
         return fit(model, callbacks, initial_epoch=done, epochs=EPOCHS)
 
     print("training", training, flush=True)
@@ -195,8 +202,8 @@ def run(folder: Path, training: str, killer: Killer) -> None:
     os.replace(unfinished, folder / "result.npz")
 
 
-def main(folder: str, dies_after: str, *trainings: str) -> None:
-    killer = Killer(int(dies_after))
+def main(folder: str, steps: str, saves: str, delay: str, *trainings: str) -> None:
+    killer = Killer(int(steps), int(saves), float(delay))
     for training in trainings:
         of_training = Path(folder) / training.replace(":", "-")
         of_training.mkdir(parents=True, exist_ok=True)
