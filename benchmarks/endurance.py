@@ -7,7 +7,6 @@ memory grows by more than is allowed, or the number of programs, or of arrays, a
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from benchmarks._alive import COUNTERS
 from benchmarks.workers._serve import resident
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 from workbench.options import add_output, positive_int
@@ -44,25 +44,6 @@ def new_model() -> keras.Model:
     return model
 
 
-def alive() -> dict[str, int]:
-    """How many programs and arrays the backend has."""
-    gc.collect()
-    if BACKEND == "jax":
-        import jax
-
-        programs = jax.devices()[0].client.live_executables()
-        return {"programs": len(programs), "arrays": len(jax.live_arrays())}
-    if BACKEND == "torch":
-        import torch
-
-        kinds = [type(each) for each in gc.get_objects()]
-        return {"arrays": sum(issubclass(kind, torch.Tensor) for kind in kinds)}
-    name = "ConcreteFunction"  # which TensorFlow does not publish
-    found = [each for each in gc.get_objects() if type(each).__name__ == name]
-    nodes = sum(len(function.graph.get_operations()) for function in found)
-    return {"programs": len(found), "nodes": nodes}
-
-
 class Watch(keras.callbacks.Callback):
     """Notes the time of each step, and after each epoch what there is."""
 
@@ -85,7 +66,7 @@ class Watch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Look."""
-        self.epochs.append({"memory": resident(), **alive()})
+        self.epochs.append({"memory": resident(), **COUNTERS[BACKEND]()})
 
 
 def measure(steps: int) -> dict[str, Any]:
