@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-TFA = ["tensorflow-cpu==2.15.1", "tensorflow-addons==0.23.0", "numpy<2"]
+ADDONS = "tensorflow-addons==0.23.0"
+TFA = ["tensorflow-cpu==2.15.1", ADDONS, "numpy<2"]
 PYTORCH_OPTIMIZER = ["pytorch_optimizer==4.1.0"]
+TIMM = ["timm==1.0.31"]
 
 
 class NotMeasured(Exception):
@@ -34,15 +36,29 @@ def tfa_python(folder: Path) -> Path:
 
 def pytorch_optimizer_path(folder: Path) -> str:
     """A folder to import pytorch_optimizer from; empty if it needs, or has, none."""
-    if importlib.util.find_spec("pytorch_optimizer") is not None:
+    return _apart(folder, "pytorch_optimizer", PYTORCH_OPTIMIZER)
+
+
+def timm_path(folder: Path) -> str:
+    """The same for timm."""
+    return _apart(folder, "timm", TIMM)
+
+
+def tfa_path(folder: Path) -> str:
+    """The same for TensorFlow Addons, beside a TensorFlow that it was not made for."""
+    return _apart(folder, "tensorflow_addons", [ADDONS, "typeguard<3"])
+
+
+def _apart(folder: Path, module: str, requirements: list[str]) -> str:
+    if importlib.util.find_spec(module) is not None:
         return ""
-    target = folder / "pytorch_optimizer"
+    target = folder / module
     if not target.exists():
         install = ["install", "--quiet", "--no-deps", "--target", str(target)]
         try:
-            _run([sys.executable, "-m", "pip", *install, *PYTORCH_OPTIMIZER])
+            _run([sys.executable, "-m", "pip", *install, *requirements])
         except NotMeasured:
-            return ""  # The worker will say that the module is missing.
+            return ""  # Who imports it will say that the module is missing.
     return str(target)
 
 
