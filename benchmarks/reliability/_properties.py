@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import abc
 import argparse
+import gc
+import logging
 import signal
 import subprocess
 import sys
@@ -92,7 +94,7 @@ class Subject(abc.ABC):
     name: str  # of the file of answers
     column: str  # of the table; empty for a control, which is in the files alone
     place = ""  # where that has several files, whose it is
-    runs_with: str  # the framework, and its version
+    runs_with: str  # its version, and the framework's
     has_slow_weights = True
     # Ways to save by name, the usual one first.
     ways: ClassVar[Mapping[str, Way]]
@@ -211,6 +213,24 @@ def raised(action: Callable[[], object]) -> str:
     return "a warning" if about else ""
 
 
+@contextmanager
+def logged_of_files() -> Iterator[list[str]]:
+    """What TensorFlow logs of values in a file that nothing took."""
+    messages: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "restored object" in record.getMessage():
+                messages.append(record.getMessage())
+
+    handler, logger = Handler(logging.WARNING), logging.getLogger("tensorflow")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
 OLD = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
@@ -278,7 +298,7 @@ def killed(subject: Subject) -> Answer:
             process = subprocess.Popen(
                 [*program, "--train", folder], stdout=subprocess.PIPE, cwd=ROOT
             )
-            saves = int(random.integers(2, 2 * STEPS_TO_KILL // (KILLS + 1)))
+            saves = int(random.integers(2, STEPS_TO_KILL // (KILLS + 1)))
             duration = follow(process, saves * (kills < KILLS), duration, random)
             if process.wait() != -signal.SIGKILL:
                 break
@@ -414,13 +434,18 @@ def another_k(subject: Subject) -> Answer:
 def another_inner(subject: Subject) -> Answer:
     """A file of Adam into a training with SGD and momentum."""
 
-    def silent(way: Way) -> str:
-        with saved(subject, way) as folder:
-            training = subject.make(seed=2, inner="sgd")
-            if raised(lambda: way.load(training, folder)):
-                return ""
-            late = raised(lambda: training.step(gradients(1, training.weights())[0]))
+    def go_on(way: Way, folder: Path) -> str:
+        training = subject.make(seed=2, inner="sgd")
+        if raised(lambda: way.load(training, folder)):
+            return ""
+        late = raised(lambda: training.step(gradients(1, training.weights())[0]))
         return f"silent until the next step ({late})" if late else "silent"
+
+    def silent(way: Way) -> str:
+        with saved(subject, way) as folder, logged_of_files() as messages:
+            came = go_on(way, folder)
+            gc.collect()  # TensorFlow logs then what the file had besides.
+        return "" if messages else came
 
     ways = {name: way for name, way in subject.ways.items() if way.into}
     return collected({name: tried(silent, way) for name, way in ways.items()})
@@ -628,7 +653,9 @@ PROPERTIES = {
     "replaced": Property(
         "weights replaced in mid-cycle: a call that begins a new one", replaced
     ),
-    "frozen": Property("a weight left out is not moved by syncs", frozen),
+    "frozen": Property(
+        "a weight left out: no sync moves it, its slow copy follows", frozen
+    ),
     "runs-with": Property("ran with", runs_with),
 }
 

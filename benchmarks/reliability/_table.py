@@ -62,16 +62,26 @@ def _tables(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
 
 def _cell(reports: list[Report], name: str, numbered: Notes) -> str:
     """A cell; of several places, what they agree in stands once."""
-    by_cell: dict[str, list[str]] = {}
-    for report in reports:
-        answer = report["answers"][name]
-        cell, says = answer["cell"], answer["says"]
-        if says and cell != "yes":
-            cell += f" ({numbered.number(says)})"
-        by_cell.setdefault(cell, []).append(report["place"])
-    if name == "runs-with":
-        parts = [part for cell in by_cell for part in cell.split(", ")]
-        return ", ".join(dict.fromkeys(parts)) or MISSING
-    if len(by_cell) < 2:
-        return next(iter(by_cell), MISSING)
-    return "; ".join(f"{cell} on {', '.join(who)}" for cell, who in by_cell.items())
+    answers = [(report["answers"][name], report["place"]) for report in reports]
+    if name == "runs-with" and len(answers) > 1:
+        parts = [part for answer, _ in answers for part in answer["cell"].split(", ")]
+        return ", ".join(dict.fromkeys(parts))
+    places: dict[str, dict[str, list[str]]] = {}  # by cell, and by what it says
+    for answer, place in answers:
+        by_says = places.setdefault(answer["cell"], {})
+        by_says.setdefault(answer["says"], []).append(place)
+    cells = []
+    for cell, by_says in places.items():
+        numbers = [
+            numbered.number(says if len(by_says) == 1 else f"{_on(who)}: {says}")
+            for says, who in by_says.items()
+            if says
+        ]
+        text = cell + (f" ({', '.join(map(str, numbers))})" if numbers else "")
+        who = [place for each in by_says.values() for place in each]
+        cells.append(text if len(places) == 1 else f"{text} {_on(who)}")
+    return "; ".join(cells) or MISSING
+
+
+def _on(places: list[str]) -> str:
+    return f"on {', '.join(places)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,8 +96,12 @@ class TorchLookahead(_properties.Subject):
     ways: ClassVar = {"torch.save": Way(save, load)}
     scalings = ("GradScaler",)
     remarks: ClassVar = {"another-model": "the module's load_state_dict does"}
-    runs_with = f"torch {torch.__version__.split('+')[0]}"
     wrap: Wrap
+
+    def __init__(self) -> None:
+        torch_version = torch.__version__.split("+")[0]
+        version = importlib.metadata.version(self.name)
+        self.runs_with = f"{self.name} {version}, torch {torch_version}"
 
     @staticmethod
     @abc.abstractmethod
@@ -139,6 +144,10 @@ class TorchLookahead(_properties.Subject):
             "another library's optimizer": lambda: use(optax.adam(RATE)),
             "an unknown argument": lambda: use(cycle=5),
         }
+
+    def versions(self) -> dict[str, str]:
+        version = importlib.metadata.version(self.name)
+        return {self.name: version, "torch": torch.__version__}
 
     def alive(self) -> dict[str, int]:
         return _alive.of_torch()

@@ -33,6 +33,7 @@ from benchmarks.reliability._properties import (
 )
 
 AROUND, INSIDE = "apply_if_finite around", "apply_if_finite inside"
+CHOICE = "a jnp.where of one's own"  # between old and new, as JAX's users write it
 MOST_ERRORS = 5  # in a row, of apply_if_finite, as in its example
 
 
@@ -41,14 +42,19 @@ class Training(_properties.Training):
 
     params: optax.LookaheadParams
 
-    def __init__(self, optimizer: Any, weights: Arrays) -> None:
+    def __init__(self, optimizer: Any, weights: Arrays, skips: bool = False) -> None:
         self.set_weights(weights)
         self.state_ = optimizer.init(self.params)
 
         @jax.jit
         def update(params: Any, state: Any, gradients: Any) -> Any:
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
+            updates, new_state = optimizer.update(gradients, state, params)
+            new = optax.apply_updates(params, updates), new_state
+            if not skips:
+                return new
+            finite = jnp.all(jnp.array([jnp.isfinite(g).all() for g in gradients]))
+            old = params, state
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         self.update = update
 
@@ -93,15 +99,14 @@ class Lookahead(_properties.Subject):
 
     name, column = "optax", "optax"
     ways: ClassVar = {"pickle": Way(save, load)}
-    scalings = (AROUND, INSIDE)
+    scalings = (AROUND, INSIDE, CHOICE)
     remarks: ClassVar = {
         "another-model": "optax has no files; this is a pickle",
         "another-k": "the state has no k",
         "another-inner": "optax has no files; this is a pickle",
-        "frozen": "an update takes all weights",
-        "skipped": "a choice of one's own between old and new state would do",
+        "frozen": "an update is of all weights",
     }
-    runs_with = f"JAX {jax.__version__}"
+    runs_with = f"optax {optax.__version__}, JAX {jax.__version__}"
 
     def make(
         self,
@@ -123,7 +128,8 @@ class Lookahead(_properties.Subject):
         if scaling == AROUND:
             optimizer = optax.apply_if_finite(optimizer, MOST_ERRORS)
         shapes = (rows, WIDTH), (WIDTH, units), (units,)
-        return Training(optimizer, _properties.initial(shapes, seed))
+        weights = _properties.initial(shapes, seed)
+        return Training(optimizer, weights, skips=scaling == CHOICE)
 
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         foreign: Any = keras.optimizers.Adam(RATE)

@@ -241,7 +241,7 @@ class Wrapper(_properties.Subject):
 
     scalings = ("LossScaleOptimizer around", "LossScaleOptimizer inside")
     # What the control, below, shows.
-    remarks: ClassVar = {"another-model": "so does Adam of Keras"}
+    remarks: ClassVar = {"another-model": "as with Keras's own Adam"}
 
     def alive(self) -> dict[str, int]:
         return COUNTERS[BACKEND]()
@@ -301,6 +301,7 @@ class OfAdam(Wrapper):
 
     column = ""
     has_slow_weights = False
+    remarks: ClassVar = {}
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import pytorch_optimizer
@@ -21,10 +20,6 @@ class Lookahead(TorchLookahead):
     @staticmethod
     def slow_of(optimizer: Any, weight: torch.nn.Parameter) -> torch.Tensor | None:
         return optimizer.state[weight]["slow_params"]
-
-    def versions(self) -> dict[str, str]:
-        version = importlib.metadata.version("pytorch_optimizer")
-        return {"pytorch_optimizer": version, "torch": torch.__version__}
 
 
 SUBJECTS = [Lookahead()]

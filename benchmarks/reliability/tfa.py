@@ -137,11 +137,14 @@ class OfAddons(_properties.Subject):
     scalings = ("LossScaleOptimizer",)
     # What the control, below, shows.
     remarks: ClassVar = {
-        "resumed": "so does Adam of Keras 2",
+        "resumed": "as with Adam of Keras 2",
         "skipped": "its count of updates, as with Adam of Keras 2",
-        "another-model": "so does Adam of Keras 2",
+        "another-model": "as with Adam of Keras 2",
     }
-    runs_with = f"Keras {metadata.version('keras')}, TensorFlow {tf.__version__}"
+    runs_with = (
+        f"tensorflow_addons {tfa.__version__}, Keras {metadata.version('keras')}, "
+        f"TensorFlow {tf.__version__}"
+    )
 
     def optimizer(self, inner: str, k: int, rate: float) -> Any:
         """The optimizer to train with."""
@@ -214,6 +217,7 @@ class Adam(OfAddons):
 
     name, column = "keras-2-adam", ""
     has_slow_weights = False
+    remarks: ClassVar = {}
 
     def optimizer(self, inner: str, k: int, rate: float) -> Any:
         return INNER[inner](rate)

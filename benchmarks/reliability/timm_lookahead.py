@@ -38,10 +38,6 @@ class Lookahead(TorchLookahead):
     def slow_of(optimizer: Any, weight: torch.nn.Parameter) -> torch.Tensor | None:
         return optimizer._base_optimizer.state[weight].get("lookahead_slow_buff")
 
-    def versions(self) -> dict[str, str]:
-        timm = importlib.metadata.version("timm")
-        return {"timm": timm, "torch": torch.__version__}
-
 
 SUBJECTS = [Lookahead()]
 
