@@ -165,9 +165,10 @@ def test_a_property_that_does_not_hold(name: str) -> None:
     assert answer.says
 
 
-SCRIPTS = ["optax", f"lookahead-{BACKEND}", f"lazyoptimizer-{BACKEND}"]
+SCRIPTS = ["optax", f"lookahead-{BACKEND}"]
 
 
+@pytest.mark.slow
 def test_scripts_run(tmp_path: Path) -> None:
     """In processes that are killed, too; and what holds of ours."""
     properties = ["killed", "skipped", "frozen"]
@@ -185,7 +186,7 @@ def test_scripts_run(tmp_path: Path) -> None:
             assert cells == {"killed": "yes", "skipped": "in part", "frozen": "-"}
         else:
             assert set(cells.values()) == {"yes"}
-        assert report["answers"]["killed"]["details"] == "4 kills"
+        assert report["answers"]["killed"]["details"].startswith("4 kills, ")
     assert sorted(os.listdir(tmp_path)) == sorted(f"{name}.json" for name in SCRIPTS)
 
 
