@@ -1,8 +1,8 @@
 """Write the benchmarks' figures and pictures into the pages of the documentation.
 
-`python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json`; `--check`
-says whether the pages have the figures that are there. A line that no run has measured
-stands there as such.
+`python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json` and the
+answers in `benchmarks/results/reliability`; `--check` says whether the pages have the
+figures that are there. A line that no run has measured stands there as such.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks._goals import TITLES, Goal, Sizes, goals
+from benchmarks.reliability import _table
 from experiments import _pages
 from experiments._pages import Table
 from workbench.plots import BLACK, BLUE, Curve, legend
@@ -165,6 +166,8 @@ TABLES: _pages.Tables = {
     "first-steps": partial(ratios, FIRST_STEPS),
     "step-times": step_times,
     "measured": measured,
+    "reliability": _table.answers,
+    "reliability-notes": _table.notes,
 }
 
 
