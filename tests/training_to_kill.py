@@ -1,10 +1,11 @@
 """Trainings that are killed and go on from their files: what `kill_and_resume` starts.
 
 `python -m tests.training_to_kill FOLDER STEPS SAVES DELAY CASE:METHOD...` runs one
-after the other, each in a folder of its own and from where its files are. It prints what
-it begins: "training CASE:METHOD", "saving" and "saved", and which file is "unreadable".
-It ends at once, as by SIGKILL, after STEPS steps, or DELAY seconds after it has begun to
-save for the SAVES-th time; 0 lets it live. `result.npz` has the state in the end.
+after the other, each in a folder of its own and from where its files are. It prints
+what it begins: "training CASE:METHOD", "saving" and "saved", and which file is
+"unreadable". It ends at once, as by SIGKILL, after STEPS steps, or DELAY seconds after
+it has begun to save for the SAVES-th time; 0 lets it live. `result.npz` has the state
+in the end.
 """
 
 from __future__ import annotations
