@@ -18,27 +18,25 @@ import jax.numpy as jnp
 
 
 class _Gateway:
-    """The private copy of one table in one trace, and what its look-ups noted."""
+    """The private copy of one table in one trace, and what its look-ups noted.
+
+    The backward passes refer to what was noted and not to the copy: JAX keeps them with
+    the trace, and would take the copy for one that has leaked.
+    """
 
     def __init__(self, table: jax.Array) -> None:
         self.table = weakref.ref(table)
         self.noted: list[tuple[jax.Array, jax.Array]] = []
         identity = jax.custom_vjp(lambda table: table)
-        identity.defvjp(lambda table: (table, None), self._note_sum)
+        note_sum = functools.partial(_note_sum, self.noted)
+        identity.defvjp(lambda table: (table, None), note_sum)
         self.private = identity(table)
 
-    def _note_sum(self, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-        noted, self.noted[:] = list(self.noted), []
-        key = id(gradient)
-        forget = functools.partial(_forget, _sums, key)
-        _sums[key] = weakref.ref(gradient, forget), noted
-        return (gradient,)
-
     def look_up(self, ids: jax.Array) -> jax.Array:
-        shape, dtype = self.private.shape, self.private.dtype
+        shape, dtype, noted = self.private.shape, self.private.dtype, self.noted
 
         def backward(ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
-            self.noted.append((ids, gradient))
+            noted.append((ids, gradient))
             return jnp.zeros(shape, dtype).at[ids].add(gradient), None
 
         take = jax.custom_vjp(lambda table, ids: jnp.take(table, ids, axis=0))
@@ -49,6 +47,13 @@ class _Gateway:
 # By the id of the table's value, and of the sum: tracers compare by value.
 _gateways: dict[int, _Gateway] = {}
 _sums: dict[int, tuple[weakref.ref, list]] = {}
+
+
+def _note_sum(noted: list, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    pairs, noted[:] = list(noted), []
+    key = id(gradient)
+    _sums[key] = weakref.ref(gradient, functools.partial(_forget, _sums, key)), pairs
+    return (gradient,)
 
 
 def _forget(entries: dict, key: int, _: weakref.ref) -> None:
