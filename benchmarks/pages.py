@@ -1,8 +1,9 @@
 """Write the benchmarks' figures and pictures into the pages of the documentation.
 
-`python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json` and the
-answers in `benchmarks/results/reliability`; `--check` says whether the pages have the
-figures that are there. A line that no run has measured stands there as such.
+`python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json` and the files
+in `benchmarks/results/insight` and `benchmarks/results/reliability`; `--check` says
+whether the pages have the figures that are there. A line that no run has measured
+stands there as such.
 """
 
 import argparse
@@ -156,6 +157,16 @@ def step_times() -> Table:
     return table
 
 
+def insight() -> Table:
+    """What the callback costs at the end of an epoch."""
+    table = [["", "the end of an epoch, ms", "a training step, ms", "so many steps"]]
+    for path in sorted((RESULTS / "insight").glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        times = (report[name] for name in ("epoch_end_ms", "step_ms", "steps"))
+        table.append([report["environment"]["backend"], *map(_figure, times)])
+    return table
+
+
 TABLES: _pages.Tables = {
     "costs-short": short,
     "fit": partial(ratios, FIT),
@@ -166,6 +177,7 @@ TABLES: _pages.Tables = {
     "first-steps": partial(ratios, FIRST_STEPS),
     "step-times": step_times,
     "measured": measured,
+    "insight": insight,
     "reliability": _table.answers,
     "reliability-notes": _table.notes,
 }
