@@ -89,6 +89,28 @@ class Way:
     into: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a training is made of.
+
+    Attributes:
+        k: updates in a cycle.
+        inner: the inner optimizer, "adam" or "sgd".
+        rows, units: sizes of the table and of the last layer.
+        seed: of the weights, which are `initial(...)`.
+        scaling: one of the subject's `scalings`.
+        rate: the learning rate.
+    """
+
+    k: int = K
+    inner: str = "adam"
+    rows: int = ROWS
+    units: int = UNITS
+    seed: int = 0
+    scaling: str | None = None
+    rate: float = RATE
+
+
 class Subject(abc.ABC):
     """An optimizer of a peer."""
 
@@ -104,19 +126,13 @@ class Subject(abc.ABC):
     # What the peer does not promise, by property; said with what was seen.
     remarks: ClassVar[Mapping[str, str]] = {}
 
+    def make(self, **settings: Any) -> Any:
+        """Make a new training, set up as the defaults say but for these settings."""
+        return self.build(Setup(**settings))
+
     @abc.abstractmethod
-    def make(
-        self,
-        *,
-        k: int = K,
-        inner: str = "adam",
-        rows: int = ROWS,
-        units: int = UNITS,
-        seed: int = 0,
-        scaling: str | None = None,
-        rate: float = RATE,
-    ) -> Any:
-        """Make a new training of `initial(...)`; `inner` is "adam" or "sgd"."""
+    def build(self, setup: Setup) -> Any:
+        """Make a new training."""
 
     @abc.abstractmethod
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:

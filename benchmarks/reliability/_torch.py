@@ -16,13 +16,11 @@ from benchmarks import _alive
 from benchmarks.reliability import _properties
 from benchmarks.reliability._properties import (
     RATE,
-    ROWS,
     SCALE,
-    UNITS,
     WIDTH,
     Arrays,
     Gradients,
-    K,
+    Setup,
     Way,
 )
 
@@ -108,29 +106,19 @@ class TorchLookahead(_properties.Subject):
     def slow_of(optimizer: Any, weight: torch.nn.Parameter) -> torch.Tensor | None:
         """The slow weights of one of the parameters, once there are any."""
 
-    def make(
-        self,
-        *,
-        k: int = K,
-        inner: str = "adam",
-        rows: int = ROWS,
-        units: int = UNITS,
-        seed: int = 0,
-        scaling: str | None = None,
-        rate: float = RATE,
-    ) -> Training:
+    def build(self, setup: Setup) -> Training:
         model = torch.nn.Sequential(
-            torch.nn.Embedding(rows, WIDTH), torch.nn.Linear(WIDTH, units)
+            torch.nn.Embedding(setup.rows, WIDTH), torch.nn.Linear(WIDTH, setup.units)
         )
         shapes = [tuple(weight.shape) for weight in model.parameters()]
-        values = _properties.initial(shapes, seed)
+        values = _properties.initial(shapes, setup.seed)
         for weight, value in zip(model.parameters(), values, strict=True):
             weight.data = torch.tensor(value)
-        base: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), rate)
-        if inner == "sgd":
-            base = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
-        optimizer = self.wrap(base, k=k, alpha=0.5)
-        return Training(model, optimizer, self.slow_of, scaling is not None)
+        base: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), setup.rate)
+        if setup.inner == "sgd":
+            base = torch.optim.SGD(model.parameters(), setup.rate, momentum=0.9)
+        optimizer = self.wrap(base, k=setup.k, alpha=0.5)
+        return Training(model, optimizer, self.slow_of, setup.scaling is not None)
 
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         def use(base: Any = None, **how: Any) -> object:

@@ -23,12 +23,10 @@ from benchmarks import _alive
 from benchmarks.reliability import _properties
 from benchmarks.reliability._properties import (
     RATE,
-    ROWS,
-    UNITS,
     WIDTH,
     Arrays,
     Gradients,
-    K,
+    Setup,
     Way,
 )
 
@@ -108,28 +106,18 @@ class Lookahead(_properties.Subject):
     }
     runs_with = f"optax {optax.__version__}, JAX {jax.__version__}"
 
-    def make(
-        self,
-        *,
-        k: int = K,
-        inner: str = "adam",
-        rows: int = ROWS,
-        units: int = UNITS,
-        seed: int = 0,
-        scaling: str | None = None,
-        rate: float = RATE,
-    ) -> Training:
-        optimizer: Any = optax.adam(rate)
-        if inner == "sgd":
-            optimizer = optax.sgd(rate, momentum=0.9)
-        if scaling == INSIDE:
+    def build(self, setup: Setup) -> Training:
+        optimizer: Any = optax.adam(setup.rate)
+        if setup.inner == "sgd":
+            optimizer = optax.sgd(setup.rate, momentum=0.9)
+        if setup.scaling == INSIDE:
             optimizer = optax.apply_if_finite(optimizer, MOST_ERRORS)
-        optimizer = optax.lookahead(optimizer, k, 0.5)
-        if scaling == AROUND:
+        optimizer = optax.lookahead(optimizer, setup.k, 0.5)
+        if setup.scaling == AROUND:
             optimizer = optax.apply_if_finite(optimizer, MOST_ERRORS)
-        shapes = (rows, WIDTH), (WIDTH, units), (units,)
-        weights = _properties.initial(shapes, seed)
-        return Training(optimizer, weights, skips=scaling == CHOICE)
+        shapes = (setup.rows, WIDTH), (WIDTH, setup.units), (setup.units,)
+        weights = _properties.initial(shapes, setup.seed)
+        return Training(optimizer, weights, skips=setup.scaling == CHOICE)
 
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         foreign: Any = keras.optimizers.Adam(RATE)

@@ -14,13 +14,11 @@ from benchmarks._alive import COUNTERS
 from benchmarks.reliability import _properties
 from benchmarks.reliability._properties import (
     RATE,
-    ROWS,
     SCALE,
-    UNITS,
     WIDTH,
     Arrays,
     Gradients,
-    K,
+    Setup,
     Way,
 )
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
@@ -206,36 +204,26 @@ class Wrapper(_properties.Subject):
         """The inner optimizer in the wrapper."""
         raise NotImplementedError
 
-    def make(
-        self,
-        *,
-        k: int = K,
-        inner: str = "adam",
-        rows: int = ROWS,
-        units: int = UNITS,
-        seed: int = 0,
-        scaling: str | None = None,
-        rate: float = RATE,
-    ) -> Training:
-        optimizer: keras.Optimizer = keras.optimizers.Adam(rate)
-        if inner == "sgd":
-            optimizer = keras.optimizers.SGD(rate, momentum=0.9)
-        if scaling == "LossScaleOptimizer inside":
+    def build(self, setup: Setup) -> Training:
+        optimizer: keras.Optimizer = keras.optimizers.Adam(setup.rate)
+        if setup.inner == "sgd":
+            optimizer = keras.optimizers.SGD(setup.rate, momentum=0.9)
+        if setup.scaling == "LossScaleOptimizer inside":
             optimizer = scaled(optimizer)
-        optimizer = self.wrapped(optimizer, k)
-        if scaling == "LossScaleOptimizer around":
+        optimizer = self.wrapped(optimizer, setup.k)
+        if setup.scaling == "LossScaleOptimizer around":
             optimizer = scaled(optimizer)
         model = keras.Sequential(
             [
                 keras.Input((4,), dtype="int32"),
-                keras.layers.Embedding(rows, WIDTH, name="words"),
+                keras.layers.Embedding(setup.rows, WIDTH, name="words"),
                 keras.layers.GlobalAveragePooling1D(name="mean"),
-                keras.layers.Dense(units, name="head"),
+                keras.layers.Dense(setup.units, name="head"),
             ],
             name="net",
         )
         shapes = [weight.shape for weight in model.weights]
-        model.set_weights(_properties.initial(shapes, seed))
+        model.set_weights(_properties.initial(shapes, setup.seed))
         model.compile(optimizer, "mse")
         return Training(model)
 

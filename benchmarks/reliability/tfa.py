@@ -16,14 +16,11 @@ import tensorflow_addons as tfa
 from benchmarks import _alive
 from benchmarks.reliability import _properties
 from benchmarks.reliability._properties import (
-    RATE,
-    ROWS,
     SCALE,
-    UNITS,
     WIDTH,
     Arrays,
     Gradients,
-    K,
+    Setup,
     Way,
 )
 
@@ -150,34 +147,24 @@ class OfAddons(_properties.Subject):
         """The optimizer to train with."""
         raise NotImplementedError
 
-    def make(
-        self,
-        *,
-        k: int = K,
-        inner: str = "adam",
-        rows: int = ROWS,
-        units: int = UNITS,
-        seed: int = 0,
-        scaling: str | None = None,
-        rate: float = RATE,
-    ) -> Training:
-        optimizer = self.optimizer(inner, k, rate)
-        if scaling:
+    def build(self, setup: Setup) -> Training:
+        optimizer = self.optimizer(setup.inner, setup.k, setup.rate)
+        if setup.scaling:
             optimizer = tf.keras.mixed_precision.LossScaleOptimizer(
                 optimizer, initial_scale=SCALE
             )
         layers = tf.keras.layers
         model = tf.keras.Sequential(
             [
-                layers.Embedding(rows, WIDTH, input_length=4, name="words"),
+                layers.Embedding(setup.rows, WIDTH, input_length=4, name="words"),
                 layers.GlobalAveragePooling1D(name="mean"),
-                layers.Dense(units, name="head"),
+                layers.Dense(setup.units, name="head"),
             ],
             name="net",
         )
         model.build((None, 4))
         shapes = [weight.shape for weight in model.weights]
-        model.set_weights(_properties.initial(shapes, seed))
+        model.set_weights(_properties.initial(shapes, setup.seed))
         model.compile(optimizer, "mse")
         return Training(model)
 

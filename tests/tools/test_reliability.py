@@ -14,12 +14,8 @@ from harness import BACKEND, run_python
 from benchmarks.reliability import _properties, _table
 from benchmarks.reliability._properties import (
     PROPERTIES,
-    RATE,
-    ROWS,
-    UNITS,
     WIDTH,
     Answer,
-    K,
     Way,
     ask,
     initial,
@@ -119,21 +115,18 @@ class Subject(_properties.Subject):
     def __init__(self, fault=""):
         self.fault = fault
 
-    def make(
-        self,
-        *,
-        k=K,
-        inner="adam",
-        rows=ROWS,
-        units=UNITS,
-        seed=0,
-        scaling=None,
-        rate=RATE,
-    ):
-        if k < 1 and self.fault != "wrong-uses":
+    def build(self, setup):
+        if setup.k < 1 and self.fault != "wrong-uses":
             raise ValueError("k")
-        weights = initial([(rows, WIDTH), (WIDTH, units), (units,)], seed)
-        return Training(self.fault, weights, k, inner, rate, scaling is not None)
+        shapes = (setup.rows, WIDTH), (WIDTH, setup.units), (setup.units,)
+        return Training(
+            self.fault,
+            initial(shapes, setup.seed),
+            setup.k,
+            setup.inner,
+            setup.rate,
+            setup.scaling is not None,
+        )
 
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         return {"k=0": lambda: self.make(k=0)}
