@@ -119,7 +119,8 @@ class Lookahead(OptimizerWrapper):
                 self._inner.build(variables)
             setting = f"inner_state={self.inner_state!r}"
             instead = "inner_state='maintain'"
-            _arguments.check_slots_are_known(setting, innermost, variables, instead)
+            weights = _keras.weights(innermost)  # more, if some are frozen now
+            _arguments.check_slots_are_known(setting, innermost, weights, instead)
         super().build(variables)
         self._make_slow_copies(learned, initial_values)
 

@@ -451,3 +451,19 @@ def test_slots_that_are_not_found_are_not_left_out(inner_state):
         )
         with pytest.raises(ValueError, match="Wrap each of those"):
             Run(Lookahead(inside, inner_state=inner_state), make_weights())
+
+
+@pytest.mark.parametrize("inner_state", ["maintain", "interpolate", "reset"])
+def test_around_an_optimizer_that_knows_more_weights(inner_state):
+    """The slots of those that are frozen now are slots all the same."""
+    weights = [np.ones((4, 2), "float32"), np.ones((4, 3), "float32")]
+    case = "Adam", {"learning_rate": 0.1}
+    first = Run(make(case), weights)
+    cycle = {**LOOKAHEAD, "inner_state": inner_state}
+    reference = Reference(weights[:1], case, lookahead=cycle)
+    # Keras's stateless step takes gradients of all weights that Adam knows.
+    mode = "eager" if BACKEND == "jax" else MODES[0]
+    run = Run(Lookahead(first.optimizer, **cycle), first.variables[:1], mode)
+    for gradients in make_gradients(7, weights[:1]):
+        reference.apply(gradients)
+        assert_agree(run.step(gradients), reference.weights)
