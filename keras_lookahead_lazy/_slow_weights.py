@@ -30,6 +30,7 @@ OTHER_USES = (
     "load_weights",
     "predict",
     "predict_on_batch",
+    "reset_metrics",
     "save_weights",
     "set_weights",
     "test_on_batch",

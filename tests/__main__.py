@@ -83,7 +83,7 @@ def run(python: str, backend: str, which: list[str]) -> int:
             "OMP_NUM_THREADS": "1",
             # Many tests compile the same programs: JAX keeps one's for the others.
             "JAX_COMPILATION_CACHE_DIR": folder,
-            # With JAX 0.4.30 some of these crash or give wrong values.
+            # With the oldest JAX some of these crash or give wrong values.
             "JAX_ENABLE_COMPILATION_CACHE": str(python == sys.executable),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -292,6 +292,13 @@ def custom_step(model):
         model.optimizer.apply(gradients, variables)
 
 
+def metrics_after_reset(model):
+    """What JAX keeps elsewhere meanwhile must not come back over it."""
+    model.reset_metrics()
+    model.get_weights()
+    return numpy(model.metrics_variables)
+
+
 NEXT = {
     "fit": fit,
     "train_on_batch": lambda model: model.train_on_batch(*make_data(1)),
@@ -300,6 +307,7 @@ NEXT = {
     "test_on_batch": lambda model: model.test_on_batch(*make_data(1)),
     "predict": lambda model: model.predict(make_data()[0], verbose=0),
     "get_weights": lambda model: model.get_weights(),
+    "reset_metrics": metrics_after_reset,
     "evaluate on slow weights": lambda model: model.evaluate(
         *make_data(seed=6), verbose=0, callbacks=[SlowWeights()]
     ),
@@ -322,7 +330,8 @@ def test_after_an_interrupted_evaluation(following):
             if BACKEND != "jax":  # which keeps no weights in the variables then
                 slow = numpy(model.trainable_variables)
                 assert not np.array_equal(slow[1], fast[1])
-        model.reset_metrics()  # which Keras 3.10 goes on with in train_on_batch
+        if keras.__version__ < "3.15":  # train_on_batch goes on with metrics there
+            model.reset_metrics()
         result = NEXT[following](model)
         if isinstance(result, keras.callbacks.History):
             result = result.history["loss"]

@@ -135,8 +135,7 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
         for array in batch()
     )
     layout = jax.tree.map(lambda array: array.sharding, state)
-    if hasattr(model, "_record_training_state_sharding_spec"):  # as an early `fit` does
-        model._record_training_state_sharding_spec()
+    note_layouts(model)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, layout))
     text = step.lower(state, data).compile().as_text()
     return [
@@ -144,6 +143,12 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
         for result, operation, _ in COLLECTIVE.findall(text or "")
         for bits, shape in ARRAY.findall(result)
     ]
+
+
+def note_layouts(model: Any) -> None:
+    """As `fit` does up to Keras 3.10, for a train step that is compiled alone."""
+    if hasattr(model, "_record_training_state_sharding_spec"):
+        model._record_training_state_sharding_spec()
 
 
 # TensorFlow: the collectives in the graph of the train step

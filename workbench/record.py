@@ -34,15 +34,13 @@ def environment() -> dict[str, Any]:
 
     import keras_lookahead_lazy
 
-    backend, array = keras.backend.backend(), keras.ops.zeros(())
-    # JAX 0.4.30 has the second only.
-    device = array.device if hasattr(array, "device") else next(iter(array.devices()))
+    backend = keras.backend.backend()
     return {
         "keras_lookahead_lazy": keras_lookahead_lazy.__version__,
         "keras": keras.__version__,
         "backend": backend,
         "backend_version": getattr(importlib.import_module(backend), "__version__", ""),
-        "device": str(device),
+        "device": str(keras.ops.zeros(()).device),
         **machine(),
     }
 
