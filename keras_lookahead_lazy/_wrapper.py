@@ -319,7 +319,7 @@ class OptimizerWrapper(keras.Optimizer):
             variable.assign(weight)
 
     # Keras saves the inner optimizer as a child of its own, so only what belongs
-    # to the wrapper is stored with it.
+    # to the wrapper is stored with it: its variables, by number, and its numbers.
 
     def __dir__(self) -> list[str]:
         """All attributes but `_inner`, in which Keras would find `inner_optimizer`."""
@@ -328,6 +328,13 @@ class OptimizerWrapper(keras.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(super().variables):
             store[str(i)] = self._value_to_save(variable)
+        for name, number in self._own_numbers().items():
+            store[name] = np.asarray(number)
+
+    def _own_numbers(self) -> dict[str, float]:
+        """The arguments of the constructor that are numbers."""
+        settings = self._own_settings().items()
+        return {n: value for n, value in settings if isinstance(value, int | float)}
 
     def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
         return ops.convert_to_numpy(variable)
@@ -345,8 +352,12 @@ class OptimizerWrapper(keras.Optimizer):
             return
         variables = super().variables
         # All is read before any is assigned: reading may fail.
-        stored = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        names = set(store.keys())
+        count = sum(name.isdecimal() for name in names)
+        stored = [np.array(store[str(i)]) for i in range(count)]
         if [v.shape for v in stored] == [tuple(v.shape) for v in variables]:
+            numbers = names & set(self._own_numbers())
+            self._compare({name: np.array(store[name]).item() for name in numbers})
             for variable, value in zip(variables, stored, strict=True):
                 variable.assign(value)
             return
@@ -364,6 +375,18 @@ class OptimizerWrapper(keras.Optimizer):
         for variable in variables:
             if "int" in variable.dtype:
                 variable.assign(ops.zeros_like(variable.value))
+
+    def _compare(self, numbers: dict[str, float]) -> None:
+        """Warn of a file of other arguments than this has."""
+        own = self._own_numbers()
+        for name, number in numbers.items():
+            if number != own[name]:
+                warnings.warn(
+                    f"The file was saved with {name}={number}; training goes on with "
+                    f"{name}={own[name]} of {type(self).__name__}. To go on as before, "
+                    f"make the optimizer with {name}={number}.",
+                    stacklevel=2,
+                )
 
     def __repr__(self) -> str:
         """The nesting as one would write it."""

@@ -409,6 +409,31 @@ def test_file_of_another_optimizer(case, tmp_path):
     assert_same_bits(model.get_weights(), weights)
 
 
+@pytest.mark.parametrize("setting", [("k", 5, 3), ("alpha", 0.5, 0.8)])
+def test_a_file_of_another_k_or_alpha_is_warned_of(setting, tmp_path):
+    """Its state is taken all the same, and training goes on with what was made."""
+    name, in_file, own = setting
+    model = make_model(Lookahead(sgd(), **{name: in_file}), **QUICK)
+    fit(model, last=3)
+    model.save_weights(tmp_path / "model.weights.h5")
+
+    for number in (in_file, own):
+        new = make_model(Lookahead(sgd(), **{name: number}), **QUICK)
+        fit(new, last=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            new.load_weights(tmp_path / "model.weights.h5")
+        said = [str(warning.message) for warning in caught]
+        if number == own:
+            (warning,) = said
+            assert f"saved with {name}={in_file}; training goes on" in warning
+            assert f"with {name}={own} of Lookahead" in warning
+        else:
+            assert not said
+        assert_same_bits(state(new), state(model))
+        assert getattr(new.optimizer, name) == number
+
+
 OURS = "holds no state"
 
 
