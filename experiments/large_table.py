@@ -8,13 +8,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from examples import large_table
 from examples.imdb_lazy import build_optimizer
 from experiments._runs import Progress, Settings, add_options, run_all
 from workbench import imdb as reviews
 from workbench.comparison import EpochTimer, add_trained_seconds, epochs_of
-from workbench.options import add_optimizers, add_rate, add_size
+from workbench.options import (
+    add_optimizers,
+    add_size,
+    positive_float,
+    positive_int,
+)
+from workbench.plots import GREY, Curve
 from workbench.sources import Data
+
+BATCH_SIZE = large_table.BATCH_SIZE
+PEER = "torch-sparse-adam"
+CURVES = {**large_table.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -26,50 +38,93 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     x_train, x_test = (
         large_table.with_pairs(x, rows) for x in (data.x_train, data.x_test)
     )
-    model = large_table.build_model(x_train.shape[1], rows, large_table.WIDTH)
+    train = _in_torch if settings["optimizer"] == PEER else _in_keras
+    validation = x_test, data.y_test
+    epochs = train(x_train, data.y_train, validation, settings, name)
+    add_trained_seconds(epochs)
+    best = max(epoch["val_accuracy"] for epoch in epochs)
+    return {"best_val_accuracy": best, "epochs": epochs}
+
+
+def _in_keras(
+    x: np.ndarray, y: np.ndarray, validation: tuple, settings: Settings, name: str
+) -> list[dict[str, float]]:
+    model = large_table.build_model(x.shape[1], settings["rows"], large_table.WIDTH)
     model.compile(
         optimizer=build_optimizer(settings["optimizer"], settings["learning_rate"]),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
     history = model.fit(
-        x_train,
-        data.y_train,
-        batch_size=large_table.BATCH_SIZE,
+        x,
+        y,
+        batch_size=settings.get("batch_size", BATCH_SIZE),
         epochs=settings["epochs"],
-        validation_data=(x_test, data.y_test),
+        validation_data=validation,
         validation_batch_size=256,
         callbacks=[Progress(name), EpochTimer()],
         verbose=0,
     )
-    epochs = epochs_of(history)
-    add_trained_seconds(epochs)
-    return {
-        "best_val_accuracy": max(history.history["val_accuracy"]),
-        "epochs": epochs,
-    }
+    return epochs_of(history)
+
+
+def _in_torch(
+    x: np.ndarray, y: np.ndarray, validation: tuple, settings: Settings, name: str
+) -> list[dict[str, float]]:
+    from experiments import _torch_loop
+
+    return _torch_loop.train(
+        x,
+        y,
+        validation,
+        rows=settings["rows"],
+        width=large_table.WIDTH,
+        learning_rate=settings["learning_rate"],
+        batch_size=settings.get("batch_size", BATCH_SIZE),
+        epochs=settings["epochs"],
+        seed=settings["seed"],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("large_table", description=__doc__)
-    add_optimizers(parser, large_table.CURVES)
-    add_rate(parser, "--learning-rate", large_table.LEARNING_RATE)
+    add_optimizers(parser, CURVES)
+    parser.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        default=[large_table.LEARNING_RATE],
+        metavar="RATE",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=BATCH_SIZE,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
     add_size(parser, "--rows", large_table.ROWS, reviews.NUM_WORDS + 1, "of the table")
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
+    batch_size = options.batch_size
+    unusual: Settings = {} if batch_size == BATCH_SIZE else {"batch_size": batch_size}
+    suffix = "".join(f"-batch{size}" for size in unusual.values())
     runs: dict[str, Settings] = {
-        f"{optimizer}-rows{options.rows}-rate{options.learning_rate:g}-seed{seed}": {
+        f"{optimizer}-rows{options.rows}-rate{rate:g}{suffix}-seed{seed}": {
             "optimizer": optimizer,
             "seed": seed,
             "rows": options.rows,
-            "learning_rate": options.learning_rate,
+            "learning_rate": rate,
             "epochs": options.epochs or large_table.EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
+            **unusual,
         }
         for seed in options.seeds
         for optimizer in options.optimizers
+        for rate in options.learning_rates
     }
 
     def load() -> Data:

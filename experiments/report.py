@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
-from examples.large_table import CURVES as TABLE_CURVES
 from examples.large_table import ROWS
-from experiments import _pages, cifar, language_model
+from experiments import _pages, cifar, imdb, language_model, large_table
 from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
+from experiments.large_table import CURVES as TABLE_CURVES
 from workbench.plots import (
     BLACK,
     BLUE,
@@ -62,7 +62,7 @@ TRAININGS = (
 
 def imdb_table(records: Sequence[Record]) -> Table:
     """Best validation accuracy of every seed, and what goes with it."""
-    groups = _group(records, "optimizer", IMDB_CURVES)
+    groups = _group(_at_rate(records), "optimizer", IMDB_CURVES)
     adam = _by_seed(groups["adam"], "best_val_accuracy")
     table = [
         [
@@ -114,7 +114,7 @@ def imdb_table(records: Sequence[Record]) -> Table:
 
 def imdb_epochs_table(records: Sequence[Record]) -> Table:
     """Train loss and validation accuracy after every epoch, means over seeds."""
-    groups = _group(records, "optimizer", IMDB_CURVES)
+    groups = _group(_at_rate(records), "optimizer", IMDB_CURVES)
     table = [["epoch", *(IMDB_CURVES[optimizer].label for optimizer in groups)]]
     for number in range(len(records[0]["results"]["epochs"])):
         row = [str(number + 1)]
@@ -133,11 +133,58 @@ def imdb_short_table(records: Sequence[Record]) -> Table:
     return [[*heading[:2], heading[3]], *([*row[:2], row[3]] for row in rows)]
 
 
+def imdb_rates_table(records: Sequence[Record]) -> Table:
+    """Optimizers that were run at other rates than the article's, too."""
+    usual = imdb.LEARNING_RATE
+    rates = sorted({r["settings"].get("learning_rate", usual) for r in records})
+    table = [
+        [
+            "optimizer",
+            "learning rate",
+            "best validation accuracy, %",
+            "each seed",
+            "train loss, last epoch",
+            "a sampled row moves in a step, 1e-3",
+        ]
+    ]
+    for optimizer, group in _group(records, "optimizer", IMDB_CURVES).items():
+        by_rate = {rate: _at_rate(group, rate) for rate in rates}
+        made = {rate: runs for rate, runs in by_rate.items() if runs}
+        for rate, runs in made.items() if len(made) > 1 else ():
+            epochs = _epochs(runs)
+            moved = [epoch["moved_if_sampled"] for run in epochs for epoch in run]
+            best = _by_seed(runs, "best_val_accuracy").values()
+            table.append(
+                [
+                    IMDB_CURVES[optimizer].label,
+                    f"{rate:g}",
+                    _percent(best),
+                    ", ".join(f"{100 * value:.2f}" for value in best),
+                    f"{statistics.mean(run[-1]['loss'] for run in epochs):.3f}",
+                    f"{1000 * statistics.mean(moved):.2f}",
+                ]
+            )
+    return table
+
+
+def _at_rate(
+    records: Iterable[Record], rate: float = imdb.LEARNING_RATE
+) -> list[Record]:
+    """IMDB runs at a learning rate; the article's is not among the settings."""
+    return [
+        record
+        for record in records
+        if record["settings"].get("learning_rate", imdb.LEARNING_RATE) == rate
+    ]
+
+
 def draw_imdb(records: Sequence[Record]) -> Figure:
     """Accuracy, losses and the movement of rows over the epochs."""
     runs = {
         optimizer: _epochs(group)
-        for optimizer, group in _group(records, "optimizer", IMDB_CURVES).items()
+        for optimizer, group in _group(
+            _at_rate(records), "optimizer", IMDB_CURVES
+        ).items()
     }
     figure = Figure(figsize=(11, 8))
     (accuracy, train_loss), (against, moved) = figure.subplots(2, 2)
@@ -381,7 +428,7 @@ def language_model_table(records: Sequence[Record]) -> Table:
                 LANGUAGE_CURVES[optimizer].label,
                 f"{rate:g}",
                 f"{tuned[0]['results']['validation_perplexity']:.1f}",
-                f"{statistics.mean(tests):.1f}",
+                _interval(tests, 1),
                 ", ".join(f"{value:.1f}" for value in tests),
                 f"{statistics.mean(fast):.1f}" if "lookahead" in optimizer else "",
             ]
@@ -427,11 +474,12 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
 
 
 def large_table_table(records: Sequence[Record]) -> Table:
-    """Accuracy and time of training on each size of table."""
+    """Accuracy and time of training on each size of table, at the best rate of each."""
     table = [
         [
             "optimizer",
             "rows",
+            "learning rate",
             "best validation accuracy, %",
             "each seed",
             "after each epoch, %",
@@ -439,8 +487,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
         ]
     ]
     for rows in sorted({record["settings"]["rows"] for record in records}):
-        of_size = [r for r in records if r["settings"]["rows"] == rows]
-        for optimizer, group in _group(of_size, "optimizer", TABLE_CURVES).items():
+        for optimizer, group in _tuned(records, rows).items():
             best = _by_seed(group, "best_val_accuracy").values()
             runs = _epochs(group)
             accuracies = [
@@ -452,6 +499,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
                 [
                     TABLE_CURVES[optimizer].label,
                     f"2^{math.log2(rows):g}",
+                    f"{group[0]['settings']['learning_rate']:g}",
                     _percent(best),
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in best),
                     ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
@@ -461,10 +509,29 @@ def large_table_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def large_table_rates_table(records: Sequence[Record]) -> Table:
+    """Best validation accuracy at every learning rate, rows and batch size."""
+    rates = sorted({record["settings"]["learning_rate"] for record in records})
+    table = [["optimizer", "rows", "batch", *(f"{rate:g}" for rate in rates)]]
+    for rows, batch_size in sorted({_size(record) for record in records}):
+        of_size = [r for r in records if _size(r) == (rows, batch_size)]
+        for optimizer, group in _group(of_size, "optimizer", TABLE_CURVES).items():
+            by_rate = _group(group, "learning_rate", rates)
+            best = [by_rate.get(rate, []) for rate in rates]
+            table.append(
+                [
+                    TABLE_CURVES[optimizer].label,
+                    f"2^{math.log2(rows):g}",
+                    str(batch_size),
+                    *map(_best, best),
+                ]
+            )
+    return table
+
+
 def draw_large_table(records: Sequence[Record]) -> Figure:
     """Accuracy over the seconds of training, on the table of the usual size."""
-    usual = [r for r in records if r["settings"]["rows"] == ROWS]
-    groups = _group(usual, "optimizer", TABLE_CURVES)
+    groups = _tuned(records, ROWS)
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
     figure = Figure(figsize=(11, 5))
     axes = figure.subplots()
@@ -480,16 +547,37 @@ def draw_large_table(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def _tuned(records: Sequence[Record], rows: int) -> dict[str, list[Record]]:
+    """The runs on a table of so many rows, of each optimizer at its best rate."""
+    usual = [r for r in records if _size(r) == (rows, large_table.BATCH_SIZE)]
+    tuned = {}
+    for optimizer, group in _group(usual, "optimizer", TABLE_CURVES).items():
+        of_first_seed = min(
+            group,
+            key=lambda r: (r["settings"]["seed"], -r["results"]["best_val_accuracy"]),
+        )
+        rate = of_first_seed["settings"]["learning_rate"]
+        tuned[optimizer] = _group(group, "learning_rate", [rate])[rate]
+    return tuned
+
+
+def _size(record: Record) -> tuple[int, int]:
+    settings = record["settings"]
+    return settings["rows"], settings.get("batch_size", large_table.BATCH_SIZE)
+
+
 # The pages' tables and the pictures, and the folders of the runs they are made from.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb": ("imdb", imdb_table),
     "imdb-epochs": ("imdb", imdb_epochs_table),
     "imdb-short": ("imdb", imdb_short_table),
+    "imdb-rates": ("imdb", imdb_rates_table),
     "cifar-sweep": ("cifar", sweep_table),
     "cifar-k-alpha": ("cifar", k_alpha_table),
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
     "large-table": ("large_table", large_table_table),
+    "large-table-rates": ("large_table", large_table_rates_table),
 }
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "imdb": ("imdb", draw_imdb),
@@ -568,10 +656,21 @@ def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
     }
 
 
+def _best(records: Iterable[Record]) -> str:
+    best = _by_seed(records, "best_val_accuracy").values()
+    return _percent(best) if best else ""
+
+
 def _percent(values: Collection[float], sign: str = "") -> str:
     """The mean of parts of 1, in percent, with its 95 % interval."""
-    mean, margin = mean_interval([100 * value for value in values])
-    return f"{mean:{sign}.2f}" + (f" ± {margin:.2f}" if len(values) > 1 else "")
+    return _interval([100 * value for value in values], 2, sign)
+
+
+def _interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """The mean, with its 95 % interval where there is more than one value."""
+    mean, margin = mean_interval(values)
+    shown = f"{mean:{sign}.{digits}f}"
+    return shown + (f" ± {margin:.{digits}f}" if len(values) > 1 else "")
 
 
 def _mean(

@@ -177,25 +177,62 @@ def test_batches_come_in_the_order_that_is_measured():
 def test_imdb_command(tmp_path):
     arguments = ["--data", str(write_imdb(tmp_path / "imdb.npz")), "--epochs", "1"]
     arguments += ["--optimizers", "lookahead-lazy", "--seeds", "4"]
-    assert imdb.main([*arguments, "--output", str(tmp_path / "runs")]) == 0
-    record = read(tmp_path / "runs", "lookahead-lazy-seed4")
+    arguments += ["--learning-rate", "0.01", "--output", str(tmp_path / "runs")]
+    assert imdb.main(arguments) == 0
+    record = read(tmp_path / "runs", "lookahead-lazy-rate0.01-seed4")
     (epoch,) = record["results"]["epochs"]
     assert 0 <= epoch["slow_val_accuracy"] <= 1
+    usual = {**record, "settings": {**record["settings"]}}
+    del usual["settings"]["learning_rate"]
+    table = report.imdb_rates_table([record, usual])
+    assert [line[1] for line in table[1:]] == ["0.001", "0.01"]
 
 
 def test_large_table_command(tmp_path):
     arguments = ["--data", str(write_imdb(tmp_path / "imdb.npz")), "--epochs", "2"]
-    arguments += ["--optimizers", "adam", "lazy-freeze", "--seeds", "4"]
-    arguments += ["--rows", "30000", "--output", str(tmp_path)]
-    assert large_table.main(arguments) == 0
+    arguments += ["--seeds", "4", "--rows", "30000", "--output", str(tmp_path)]
+    pytest.importorskip("torch")
+    of_two = ["--optimizers", "lazy-freeze", large_table.PEER]
+    assert large_table.main([*arguments, *of_two]) == 0
+    of_one = ["--optimizers", "adam", "--learning-rates", "1e-9", "0.1"]
+    assert large_table.main([*arguments, *of_one]) == 0
+    assert large_table.main([*arguments, *of_one[:3], "0.1", "--batch-size", "8"]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 5
+    assert (tmp_path / "adam-rows30000-rate0.1-batch8-seed4.json").exists()
     records = _runs.read(tmp_path)
     for record in records:
         first, second = record["results"]["epochs"]
         assert second["trained_seconds"] == first["seconds"] + second["seconds"]
-    _, adam, lazy = report.large_table_table(records)
+
+    _, adam, lazy, peer = report.large_table_table(records)
     assert adam[0] == "Adam"
     assert lazy[0] == "LazyOptimizer, freeze"
-    assert float(lazy[-1]) > 0
+    assert peer[0] == "SparseAdam in a plain torch loop"
+    for _, _, rate, best, *_, seconds in (adam, lazy, peer):
+        accuracy = {
+            record["results"]["best_val_accuracy"]
+            for record in records
+            if f"{record['settings']['learning_rate']:g}" == rate
+        }
+        assert best in {f"{100 * each:.2f}" for each in accuracy}
+        assert float(seconds) > 0
+    heading, of_batch_8, of_adam, *_ = report.large_table_rates_table(records)
+    assert heading[3:] == ["1e-09", "0.01", "0.1"]
+    assert of_batch_8[2:5] == ["8", "", ""]
+    assert of_adam[2:5:2] == ["64", ""]
+
+
+def test_the_peer_takes_the_mean_of_what_is_no_padding():
+    torch = pytest.importorskip("torch")
+    from experiments import _torch_loop
+
+    model = _torch_loop.Classifier(rows=7, width=3)
+    ids = np.array([[1, 4, 0, 0], [6, 6, 2, 0]])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids)).numpy()
+        table, weights = (w.numpy() for w in (model.bag.weight, model.dense.weight))
+    means = [table[[1, 4]].mean(axis=0), table[[6, 6, 2]].mean(axis=0)]
+    np.testing.assert_allclose(logits, np.array(means) @ weights[0], rtol=1e-5)
 
 
 # CIFAR-10
