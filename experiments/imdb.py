@@ -18,10 +18,10 @@ from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import SlowWeights
 from workbench import imdb as reviews
 from workbench.comparison import EpochTimer, epochs_of
-from workbench.options import add_optimizers, add_rate
+from workbench.options import add_optimizers
 from workbench.sources import Data
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 8, 32, 1e-3  # the article's
+EPOCHS, BATCH_SIZE = 8, 32
 # A step in so many is measured; coprime with k, so that syncs are seen as often as
 # other steps.
 PROBE_EVERY = 7
@@ -107,9 +107,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return what each epoch measured, with Lookahead on both weights."""
     model = imdb_lazy.build_model(tokens=data.x_train.shape[1])
     model.compile(
-        optimizer=imdb_lazy.build_optimizer(
-            settings["optimizer"], settings.get("learning_rate", LEARNING_RATE)
-        ),
+        optimizer=imdb_lazy.build_optimizer(settings["optimizer"]),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
@@ -140,20 +138,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("imdb", description=__doc__)
     add_optimizers(parser, imdb_lazy.CURVES)
-    add_rate(parser, "--learning-rate", LEARNING_RATE)
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
-    rate = options.learning_rate
-    unusual: Settings = {} if rate == LEARNING_RATE else {"learning_rate": rate}
-    suffix = "".join(f"-rate{rate:g}" for rate in unusual.values())
     runs: dict[str, Settings] = {
-        f"{optimizer}{suffix}-seed{seed}": {
+        f"{optimizer}-seed{seed}": {
             "optimizer": optimizer,
             "seed": seed,
             "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
-            **unusual,
         }
         for seed in options.seeds
         for optimizer in options.optimizers

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     batch_size = options.batch_size
     unusual: Settings = {} if batch_size == BATCH_SIZE else {"batch_size": batch_size}
-    suffix = "".join(f"-batch{size}" for size in unusual.values())
+    suffix = f"-batch{batch_size}" if unusual else ""
     runs: dict[str, Settings] = {
         f"{optimizer}-rows{options.rows}-rate{rate:g}{suffix}-seed{seed}": {
             "optimizer": optimizer,

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
 from examples.large_table import ROWS
-from experiments import _pages, cifar, imdb, language_model, large_table
+from experiments import _pages, cifar, language_model, large_table
 from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
@@ -62,7 +62,7 @@ TRAININGS = (
 
 def imdb_table(records: Sequence[Record]) -> Table:
     """Best validation accuracy of every seed, and what goes with it."""
-    groups = _group(_at_rate(records), "optimizer", IMDB_CURVES)
+    groups = _group(records, "optimizer", IMDB_CURVES)
     adam = _by_seed(groups["adam"], "best_val_accuracy")
     table = [
         [
@@ -114,7 +114,7 @@ def imdb_table(records: Sequence[Record]) -> Table:
 
 def imdb_epochs_table(records: Sequence[Record]) -> Table:
     """Train loss and validation accuracy after every epoch, means over seeds."""
-    groups = _group(_at_rate(records), "optimizer", IMDB_CURVES)
+    groups = _group(records, "optimizer", IMDB_CURVES)
     table = [["epoch", *(IMDB_CURVES[optimizer].label for optimizer in groups)]]
     for number in range(len(records[0]["results"]["epochs"])):
         row = [str(number + 1)]
@@ -133,58 +133,11 @@ def imdb_short_table(records: Sequence[Record]) -> Table:
     return [[*heading[:2], heading[3]], *([*row[:2], row[3]] for row in rows)]
 
 
-def imdb_rates_table(records: Sequence[Record]) -> Table:
-    """Optimizers that were run at other rates than the article's, too."""
-    usual = imdb.LEARNING_RATE
-    rates = sorted({r["settings"].get("learning_rate", usual) for r in records})
-    table = [
-        [
-            "optimizer",
-            "learning rate",
-            "best validation accuracy, %",
-            "each seed",
-            "train loss, last epoch",
-            "a sampled row moves in a step, 1e-3",
-        ]
-    ]
-    for optimizer, group in _group(records, "optimizer", IMDB_CURVES).items():
-        by_rate = {rate: _at_rate(group, rate) for rate in rates}
-        made = {rate: runs for rate, runs in by_rate.items() if runs}
-        for rate, runs in made.items() if len(made) > 1 else ():
-            epochs = _epochs(runs)
-            moved = [epoch["moved_if_sampled"] for run in epochs for epoch in run]
-            best = _by_seed(runs, "best_val_accuracy").values()
-            table.append(
-                [
-                    IMDB_CURVES[optimizer].label,
-                    f"{rate:g}",
-                    _percent(best),
-                    ", ".join(f"{100 * value:.2f}" for value in best),
-                    f"{statistics.mean(run[-1]['loss'] for run in epochs):.3f}",
-                    f"{1000 * statistics.mean(moved):.2f}",
-                ]
-            )
-    return table
-
-
-def _at_rate(
-    records: Iterable[Record], rate: float = imdb.LEARNING_RATE
-) -> list[Record]:
-    """IMDB runs at a learning rate; the article's is not among the settings."""
-    return [
-        record
-        for record in records
-        if record["settings"].get("learning_rate", imdb.LEARNING_RATE) == rate
-    ]
-
-
 def draw_imdb(records: Sequence[Record]) -> Figure:
     """Accuracy, losses and the movement of rows over the epochs."""
     runs = {
         optimizer: _epochs(group)
-        for optimizer, group in _group(
-            _at_rate(records), "optimizer", IMDB_CURVES
-        ).items()
+        for optimizer, group in _group(records, "optimizer", IMDB_CURVES).items()
     }
     figure = Figure(figsize=(11, 8))
     (accuracy, train_loss), (against, moved) = figure.subplots(2, 2)
@@ -571,7 +524,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb": ("imdb", imdb_table),
     "imdb-epochs": ("imdb", imdb_epochs_table),
     "imdb-short": ("imdb", imdb_short_table),
-    "imdb-rates": ("imdb", imdb_rates_table),
     "cifar-sweep": ("cifar", sweep_table),
     "cifar-k-alpha": ("cifar", k_alpha_table),
     "cifar-updates": ("cifar", updates_table),
