@@ -1,15 +1,18 @@
-"""CIFAR-10: the three experiments on Lookahead's robustness (Zhang et al. 2019).
+"""CIFAR-10: experiments on Lookahead's robustness (Zhang et al. 2019).
 
 `sweep` varies the learning rate and the momentum of SGD, with and without Lookahead;
 `k-alpha` varies Lookahead's k and alpha; `updates` measures the test accuracy after
-every fast update and every sync, late in training.
+every fast update and every sync, late in training; `longer` trains three times as long,
+each optimizer at the learning rate that was its best in the sweep.
 """
 
 import argparse
+import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -17,19 +20,22 @@ import numpy as np
 from keras import layers
 
 from experiments._runs import (
+    Measure,
     Progress,
+    Record,
     Scale,
     Settings,
     add_full_option,
     add_options,
     changed,
     copy_of,
+    read,
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
 from workbench import cifar as pictures
 from workbench.comparison import epochs_of
-from workbench.sources import Data
+from workbench.sources import Data, DataError
 
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # where the other one is varied
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -42,6 +48,9 @@ SWEEP = tuple(
 )
 K, ALPHA = 5, 0.5
 KS, ALPHAS = (5, 10, 20), (0.2, 0.5, 0.8)
+LARGE_ALPHA = ALPHAS[-1]
+# What trains `TIMES_LONGER` as many epochs: SGD, and Lookahead of such k and alpha.
+LONGER, TIMES_LONGER = ((None, None), (K, ALPHA), (K, LARGE_ALPHA)), 3
 # The paper divides the learning rate by 5 after 60, 120 and 160 of 200 epochs.
 DECAYS, DECAY = (0.3, 0.6, 0.8), 0.2
 # Where `updates` begins to measure: a share of training, in the middle of each phase
@@ -314,17 +323,20 @@ def sweep(scale: ImageScale, seed: int) -> dict[str, Settings]:
     """Vary the learning rate and the momentum, with and without Lookahead.
 
     Without also at alpha times the learning rate: a cycle of Lookahead goes alpha of
-    the way that its fast weights go, so that alone might be what one sees.
+    the way that its fast weights go, so that alone might be what one sees. A larger
+    alpha goes with the learning rate only.
     """
-    return dict(
-        training(scale, seed, *settings)
+    settings = [
+        each
         for rate, momentum in SWEEP
-        for settings in (
+        for each in (
             (rate, momentum, None, None),
             (ALPHA * rate, momentum, None, None),
             (rate, momentum, K, ALPHA),
         )
-    )
+    ]
+    settings += [(rate, MOMENTUM, K, LARGE_ALPHA) for rate in LEARNING_RATES]
+    return dict(training(scale, seed, *each) for each in settings)
 
 
 def k_alpha(scale: ImageScale, seed: int) -> dict[str, Settings]:
@@ -346,10 +358,44 @@ def updates(scale: ImageScale, seed: int) -> dict[str, Settings]:
     }
 
 
-EXPERIMENTS = {
+def longer(
+    scale: ImageScale, seed: int, records: Sequence[Record]
+) -> dict[str, Settings]:
+    """Train longer, each at the learning rate that was its best in the sweep."""
+    long = replace(scale, epochs=TIMES_LONGER * scale.epochs)
+    runs = {}
+    for k, alpha in LONGER:
+        rate = best_rate(records, scale, k, alpha)
+        name, settings = training(long, seed, rate, MOMENTUM, k, alpha)
+        runs[f"longer-{name}"] = settings
+    return runs
+
+
+def best_rate(
+    records: Sequence[Record], scale: ImageScale, k: int | None, alpha: float | None
+) -> float:
+    """Return the sweep's learning rate of the highest mean test accuracy."""
+    accuracies = {}
+    for rate in LEARNING_RATES:
+        _, wanted = training(scale, 0, rate, MOMENTUM, k, alpha)
+        accuracies[rate] = [
+            record["results"]["test"]["accuracy"]
+            for record in records
+            if {**record["settings"], "seed": 0} == wanted
+        ]
+        if not accuracies[rate]:
+            raise DataError(
+                f"no run with k={k}, alpha={alpha}, learning rate {rate:g}; run "
+                "`sweep` first"
+            )
+    return max(LEARNING_RATES, key=lambda rate: statistics.mean(accuracies[rate]))
+
+
+EXPERIMENTS: dict[str, tuple[Callable[..., dict[str, Settings]], Measure]] = {
     "sweep": (sweep, measure_training),
     "k-alpha": (k_alpha, measure_training),
     "updates": (updates, measure_updates),
+    "longer": (longer, measure_training),
 }
 
 
@@ -367,11 +413,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         test_samples=options.test_samples,
     )
     name_runs, measure = EXPERIMENTS[options.experiment]
-    runs: Mapping[str, Settings] = {
-        name: settings
-        for seed in options.seeds
-        for name, settings in name_runs(scale, seed).items()
-    }
+    if options.experiment == "longer":
+        name_runs = partial(longer, records=read(options.output))
+    try:
+        runs: Mapping[str, Settings] = {
+            name: settings
+            for seed in options.seeds
+            for name, settings in name_runs(scale, seed).items()
+        }
+    except DataError as error:
+        parser.error(str(error))
 
     def load() -> Data:
         return pictures.load(options.data, scale.train_samples, scale.test_samples)

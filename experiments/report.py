@@ -45,12 +45,20 @@ LANGUAGE_CURVES = {
     "lookahead-sgd": Curve("Lookahead(SGD)", ORANGE, dashed=True),
 }
 # A factor of the learning rate, k and alpha.
-SWEEP_CURVES = {
+SWEEP_CURVES: dict[tuple[float, int | None, float | None], Curve] = {
     (1, None, None): Curve("SGD", ORANGE),
     (cifar.ALPHA, None, None): Curve(f"SGD, {cifar.ALPHA} x learning rate", BLACK),
-    (1, cifar.K, cifar.ALPHA): Curve("Lookahead(SGD)", ORANGE, dashed=True),
+    (1, cifar.K, cifar.ALPHA): Curve(
+        f"Lookahead, alpha {cifar.ALPHA}", ORANGE, dashed=True
+    ),
+    (1, cifar.K, cifar.LARGE_ALPHA): Curve(
+        f"Lookahead, alpha {cifar.LARGE_ALPHA}", BLUE, dashed=True
+    ),
 }
-NOMINAL = {"learning_rate": cifar.LEARNING_RATE, "momentum": cifar.MOMENTUM}
+NOMINAL: dict[str, Any] = {
+    "learning_rate": cifar.LEARNING_RATE,
+    "momentum": cifar.MOMENTUM,
+}
 TRAININGS = (
     ("train", "loss", "final train loss"),
     ("test", "accuracy", "test accuracy"),
@@ -175,8 +183,8 @@ def sweep_table(records: Sequence[Record]) -> Table:
         groups = [_swept(records, rate, momentum, *variant) for variant in SWEEP_CURVES]
         table.append(
             [f"{rate:g}", f"{momentum:g}"]
-            + [_mean(group, "train", "loss", "{:.3f}") for group in groups]
-            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in groups]
+            + [_losses(group) for group in groups]
+            + [_accuracies(group) for group in groups]
         )
     return table
 
@@ -235,13 +243,11 @@ def k_alpha_table(records: Sequence[Record]) -> Table:
         ]
         table.append(
             [str(k)]
-            + [_mean(group, "train", "loss", "{:.3f}") for group in groups]
-            + [_mean(group, "test", "accuracy", "{:.2f}", 100) for group in groups]
+            + [_losses(group) for group in groups]
+            + [_accuracies(group) for group in groups]
         )
     sgd = _trainings(records, k=None, **NOMINAL)
-    loss = _mean(sgd, "train", "loss", "{:.3f}")
-    accuracy = _mean(sgd, "test", "accuracy", "{:.2f}", 100)
-    table.append(["without Lookahead", loss, "", "", accuracy, "", ""])
+    table.append(["without Lookahead", _losses(sgd), "", "", _accuracies(sgd), "", ""])
     return table
 
 
@@ -262,6 +268,61 @@ def draw_k_alpha(records: Sequence[Record]) -> Figure:
         axes.set_xticks(range(len(cifar.KS)), map(str, cifar.KS))
         axes.set(xlabel="k", ylabel=label)
     legend(figure, axes)
+    return figure
+
+
+def longer_table(records: Sequence[Record]) -> Table:
+    """Each at its best learning rate of the sweep, as long as there and longer."""
+    table = [
+        [
+            "",
+            "learning rate",
+            "epochs",
+            "train loss",
+            "test accuracy, %",
+            "each seed",
+            "points above SGD, same seeds",
+        ]
+    ]
+    for times_longer in (1, cifar.TIMES_LONGER):
+        sgd: dict[int, float] = {}
+        for k, alpha in cifar.LONGER:
+            rate = cifar.best_rate(records, cifar.SMALL, k, alpha)
+            settings = {**NOMINAL, "learning_rate": rate, "k": k, "alpha": alpha}
+            group = _trainings(records, times_longer, **settings)
+            accuracy = {
+                record["settings"]["seed"]: record["results"]["test"]["accuracy"]
+                for record in group
+            }
+            sgd = sgd or accuracy
+            above = [accuracy[seed] - sgd[seed] for seed in accuracy if seed in sgd]
+            table.append(
+                [
+                    SWEEP_CURVES[1, k, alpha].label,
+                    f"{rate:g}",
+                    str(times_longer * cifar.SMALL.epochs),
+                    _losses(group),
+                    _accuracies(group),
+                    ", ".join(f"{100 * value:.2f}" for value in accuracy.values()),
+                    _percent(above, "+") if k and above else "",
+                ]
+            )
+    return table
+
+
+def draw_longer(records: Sequence[Record]) -> Figure:
+    """Train loss and test accuracy over the epochs of the longer training."""
+    figure = Figure(figsize=(11, 4.5))
+    curves, runs = {}, {}
+    for k, alpha in cifar.LONGER:
+        curve = SWEEP_CURVES[1, k, alpha]
+        curves[curve.label] = curve
+        group = _trainings(records, cifar.TIMES_LONGER, k=k, alpha=alpha)
+        runs[curve.label] = _epochs(group)
+    loss, accuracy = figure.subplots(1, 2)
+    draw_measure(loss, "loss", "train loss", runs, curves)
+    draw_measure(accuracy, "val_accuracy", "test accuracy", runs, curves)
+    legend(figure, accuracy)
     return figure
 
 
@@ -526,6 +587,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb-short": ("imdb", imdb_short_table),
     "cifar-sweep": ("cifar", sweep_table),
     "cifar-k-alpha": ("cifar", k_alpha_table),
+    "cifar-longer": ("cifar", longer_table),
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
     "large-table": ("large_table", large_table_table),
@@ -535,6 +597,7 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "imdb": ("imdb", draw_imdb),
     "cifar-sweep": ("cifar", draw_sweep),
     "cifar-k-alpha": ("cifar", draw_k_alpha),
+    "cifar-longer": ("cifar", draw_longer),
     "cifar-updates": ("cifar", draw_updates),
     "language-model": ("language_model", draw_language_model),
     "large-table": ("large_table", draw_large_table),
@@ -578,12 +641,16 @@ def _group(
     return {value: group for value, group in groups.items() if group}
 
 
-def _trainings(records: Iterable[Record], **settings: Any) -> list[Record]:
-    """Select the runs of whole trainings with such settings."""
+def _trainings(
+    records: Iterable[Record], times_longer: int = 1, **settings: Any
+) -> list[Record]:
+    """Select the runs of whole trainings of such a length, with such settings."""
+    epochs = times_longer * cifar.SMALL.epochs
     return [
         record
         for record in records
         if "test" in record["results"]
+        and record["settings"]["scale"]["epochs"] == epochs
         and all(record["settings"][name] == value for name, value in settings.items())
     ]
 
@@ -625,15 +692,20 @@ def _interval(values: Sequence[float], digits: int, sign: str = "") -> str:
     return shown + (f" ± {margin:.{digits}f}" if len(values) > 1 else "")
 
 
-def _mean(
-    records: Iterable[Record], part: str, measure: str, form: str, factor: float = 1
-) -> str:
-    values = [record["results"][part][measure] for record in records]
-    if not values:
-        return ""
-    if None in values:
+def _losses(records: Iterable[Record]) -> str:
+    """The mean final train loss of several seeds."""
+    values = _values(records, "train", "loss")
+    if np.isnan(values).any():
         return "diverged"
-    return form.format(factor * statistics.mean(values))
+    return f"{statistics.mean(values):.3f}" if values else ""
+
+
+def _accuracies(records: Iterable[Record]) -> str:
+    """The mean test accuracy of several seeds, with its interval."""
+    values = _values(records, "test", "accuracy")
+    if np.isnan(values).any():
+        return "diverged"
+    return _percent(values) if values else ""
 
 
 def _values(records: Iterable[Record], part: str, measure: str) -> list[float]:
@@ -645,7 +717,7 @@ def _values(records: Iterable[Record], part: str, measure: str) -> list[float]:
 def _plot(
     axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], curve: Curve
 ) -> None:
-    """Plot a line through the means over seeds, and a dot for every seed."""
+    """Plot a line through the means over seeds, a dot for every seed, their range."""
     axes.plot(
         x,
         [float(np.mean(values)) if values else np.nan for values in seeds],
@@ -656,7 +728,7 @@ def _plot(
     )
     for position, values in zip(x, seeds, strict=True):
         axes.plot(
-            [position] * len(values), values, "o", color=curve.color, markersize=4
+            [position] * len(values), values, "o-", color=curve.color, markersize=3
         )
 
 

@@ -416,8 +416,8 @@ def test_intervals_of_a_few_seeds():
     assert margin == pytest.approx(3.182446 * (5 / 3) ** 0.5 * 1.25**0.5, rel=1e-6)
 
 
-def trained(k, alpha, rate, momentum, seed, loss):
-    _, settings = cifar.training(TINY, seed, rate, momentum, k, alpha)
+def trained(k, alpha, rate, momentum, seed, loss, scale=cifar.SMALL):
+    _, settings = cifar.training(scale, seed, rate, momentum, k, alpha)
     measured = {"loss": loss, "accuracy": None if loss is None else 1 - loss}
     return {"settings": settings, "results": {"train": measured, "test": measured}}
 
@@ -434,14 +434,47 @@ def test_runs_of_the_sweep_are_told_apart(monkeypatch):
         trained(None, None, 1.0, 0.9, 0, None),
     ]
     _, first, second = report.sweep_table(records)
-    assert first == ["0.1", "0.9", "0.510", "0.400", "0.300", "49.00", "60.00", "70.00"]
-    assert second == ["1", "0.9", "diverged", "", "", "diverged", "", ""]
+    assert first[:6] == ["0.1", "0.9", "0.510", "0.400", "0.300", ""]
+    # Student's quantile of two values, 12.706, times half of their difference.
+    assert first[6:] == ["49.00 ± 12.71", "60.00", "70.00", ""]
+    assert second == ["1", "0.9", "diverged", "", "", "", "diverged", "", "", ""]
     report.draw_sweep(records)
 
     _, five, ten, _, without = report.k_alpha_table(records)
     assert five == ["5", "0.200", "0.300", "", "80.00", "70.00", ""]
     assert ten == ["10", "", "0.100", "", "", "90.00", ""]
-    assert without == ["without Lookahead", "0.510", "", "", "49.00", "", ""]
+    assert without[:5] == ["without Lookahead", "0.510", "", "", "49.00 ± 12.71"]
+
+
+def test_the_longer_training_is_at_the_best_rate_of_the_sweep(monkeypatch):
+    monkeypatch.setattr(cifar, "LEARNING_RATES", (0.1, 0.3))
+    long = dataclasses.replace(cifar.SMALL, epochs=30)
+    records = []
+    for (k, alpha), best in zip(cifar.LONGER, (0.3, 0.1, 0.3), strict=True):
+        for rate in (0.1, 0.3):
+            losses = (0.5, 0.4) if rate == best else (0.3, 0.7)
+            for seed, loss in enumerate(losses):
+                records.append(trained(k, alpha, rate, 0.9, seed, loss))
+    runs = cifar.longer(cifar.SMALL, 1, records)
+    assert list(runs) == [
+        "longer-sgd-rate0.3-momentum0.9-seed1",
+        "longer-k5-alpha0.5-rate0.1-momentum0.9-seed1",
+        "longer-k5-alpha0.8-rate0.3-momentum0.9-seed1",
+    ]
+    assert {run["scale"]["epochs"] for run in runs.values()} == {30}
+
+    for seed, loss in ((0, 0.2), (1, 0.3)):
+        records.append(trained(None, None, 0.3, 0.9, seed, loss, long))
+        records.append(trained(5, 0.5, 0.1, 0.9, seed, loss - 0.1, long))
+    _, *short, sgd, lookahead, missing = report.longer_table(records)
+    assert [row[4] for row in short] == ["55.00 ± 63.53"] * 3
+    assert sgd[1:3] == ["0.3", "30"]
+    assert sgd[5:] == ["80.00, 70.00", ""]
+    assert lookahead[6] == "+10.00 ± 0.00"
+    assert missing[3:6] == ["", "", ""]
+
+    with pytest.raises(DataError, match=r"alpha=0.8, learning rate 0.3; run `sweep`"):
+        cifar.longer(cifar.SMALL, 0, records[:10])
 
 
 def test_tables_of_the_page_are_those_of_the_runs():
