@@ -172,7 +172,8 @@ class RowView(_keras.UnstoredVariable):
         self, rows: Any, variable: keras.Variable, sampled: Any, late: bool
     ) -> None:
         super().__init__(rows, variable)
-        self._unchanged, self._sampled, self._late = rows, sampled, late
+        self._unchanged = None if sampled is None else rows
+        self._sampled, self._late = sampled, late
 
     def assign(self, value: Any) -> Any:
         super().assign(value)

@@ -95,10 +95,11 @@ def find_rows(
 
 
 def mark_idle(indices: torch.Tensor, gradient: torch.Tensor) -> Rows:
-    sampled = _has_entries(gradient)
     if not _is_on_host(gradient):
-        return Rows(indices, gradient, sampled)
-    if not sampled.all():
+        return Rows(indices, gradient, _has_entries(gradient))
+    # Idle rows are rare: where none even begins with a zero, there is none to look for.
+    if not gradient.flatten(1)[:, 0].all():
+        sampled = _has_entries(gradient)
         indices, gradient = indices[sampled], gradient[sampled]
     return Rows(indices, gradient, None)
 
