@@ -190,12 +190,16 @@ def sync_rows_if(
         (slow,) = _once_if(predicate, lambda s: (jnp.where(moved, fast, s),), (slow,))
         return fast, slow
 
-    def sync_few(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, ...]:
+    def sync_few(
+        fast: jax.Array, slow: jax.Array, _: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """None, and `True`, if many have moved."""
         total, moved_rows = _numbered(last_update > since)
+        is_many = total > len(fast) // PART_OF_TABLE
 
         def sync_next(carry: tuple) -> tuple:
             start, *pair = carry
-            rows = moved_rows(start + jnp.arange(ROWS_PER_ROUND, dtype="int32"))
+            rows = moved_rows(start, ROWS_PER_ROUND)
             points = sync(*(value.at[rows].get(mode="clip") for value in pair))
             new = [
                 value.at[rows].set(point, mode="drop")
@@ -203,18 +207,14 @@ def sync_rows_if(
             ]
             return start + ROWS_PER_ROUND, *new
 
-        start = (jnp.int32(0), fast, slow)
-        return jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)[1:]
+        start = (jnp.where(is_many, total, 0), fast, slow)
+        pair = jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)[1:]
+        return *pair, is_many
 
-    if len(fast) < PART_OF_TABLE * ROWS_PER_ROUND:
-        pair = sync_all_if(predicate, fast, slow)
-    else:
-        most = len(fast) // PART_OF_TABLE
-        is_many = jax.lax.cond(
-            predicate, lambda: jnp.sum(last_update > since) > most, lambda: False
-        )
-        pair = sync_all_if(predicate & is_many, fast, slow)
-        pair = _once_if(predicate & ~is_many, sync_few, pair)
+    if len(fast) >= PART_OF_TABLE * ROWS_PER_ROUND:
+        of_few = fast, slow, jnp.zeros((), bool)
+        fast, slow, predicate = _once_if(predicate, sync_few, of_few)
+    pair = sync_all_if(predicate, fast, slow)
     for variable, value in zip(group[:2], pair, strict=True):
         variable.assign(value)
 
@@ -223,20 +223,23 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     """How many entries of a vector are `True`, and where those of given numbers are.
 
     It counts in blocks, as many as a power of two allows, so that no device needs the
-    vector where its entries are divided between devices, and numbers short pieces of
-    them, so that no memory of the vector's size is needed.
+    vector where its entries are divided between devices, and packs short pieces of
+    them into a word each, so that no memory of the vector's size is needed.
     """
     count = len(chosen)
     blocks = math.gcd(count, 2**12)
     length = next(n for n in range(32, 0, -1) if count // blocks % n == 0)
     pieces = chosen.reshape(blocks, -1, length)
-    counts = jnp.sum(pieces, axis=2, dtype="int32")
-    rank = jnp.cumsum(counts, axis=1)
+    bits = jnp.uint32(1) << jnp.arange(length, dtype="uint32")
+    words = jnp.sum(jnp.where(pieces, bits, 0), axis=2, dtype="uint32")
+    rank = jnp.cumsum(_count_bits(words), axis=1)
     ends = jnp.cumsum(rank[:, -1])
 
-    def positions(numbers: jax.Array) -> jax.Array:
-        """Of the numbers, counted from 0; past the end where there are not so many."""
-        block = jnp.searchsorted(ends, numbers, side="right")
+    def positions(start: jax.Array, size: int) -> jax.Array:
+        """Of `size` numbers from `start`; past the end where there are not so many."""
+        numbers = start + jnp.arange(size, dtype="int32")
+        ended = jnp.zeros(size, "int32").at[jnp.maximum(ends - start, 0)]
+        block = jnp.cumsum(ended.add(1, mode="drop"))
         block = jnp.minimum(block, blocks - 1)
         number = numbers - (ends[block] - rank[block, -1])  # in the block
         piece = jnp.zeros_like(number)
@@ -246,13 +249,28 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
             is_before = (further <= rank.shape[1]) & (before <= number)
             piece = jnp.where(is_before, further, piece)
         piece = jnp.minimum(piece, rank.shape[1] - 1)
-        number -= rank[block, piece] - counts[block, piece]  # in the piece
-        passed = jnp.cumsum(pieces[block, piece], axis=1, dtype="int32")
-        place = jnp.sum(passed <= number[:, None], axis=1, dtype="int32")
-        found = (block * rank.shape[1] + piece) * length + place
+        word = words[block, piece]
+        number -= rank[block, piece] - _count_bits(word)  # in the piece
+        found = (block * rank.shape[1] + piece) * length + _bit(word, number)
         return jnp.where(numbers < ends[-1], found, count)
 
     return ends[-1], positions
+
+
+def _bit(word: jax.Array, number: jax.Array) -> jax.Array:
+    """The place of a word's bit that is its `number`-th of those set, from 0."""
+    place = jnp.zeros_like(number)
+    for width in (16, 8, 4, 2, 1):
+        low = (word >> place.astype(word.dtype)) & jnp.uint32(2**width - 1)
+        before = _count_bits(low)
+        is_further = before <= number
+        number = jnp.where(is_further, number - before, number)
+        place = jnp.where(is_further, place + width, place)
+    return place
+
+
+def _count_bits(words: jax.Array) -> jax.Array:
+    return jax.lax.population_count(words).astype("int32")
 
 
 def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> tuple:
