@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("language_model", description=__doc__)
     parser.add_argument("experiment", choices=("tune", "compare"))
     add_optimizers(parser, OPTIMIZERS)
-    add_options(parser, seeds=[1, 2, 3, 4], data="keras, or a path of an imdb.npz")
+    add_options(parser, seeds=[1, 2, 3, 4, 5], data="keras, or a path of an imdb.npz")
     add_full_option(parser)
     options = parser.parse_args(arguments)
     scale = changed(

@@ -8,7 +8,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,6 @@ def imdb_table(records: Sequence[Record]) -> Table:
     ]
     for optimizer, group in groups.items():
         accuracy = _by_seed(group, "best_val_accuracy")
-        above = [accuracy[seed] - adam[seed] for seed in accuracy if seed in adam]
         slow = [
             max(epoch["slow_val_accuracy"] for epoch in epochs)
             for epochs in _epochs(group)
@@ -109,7 +108,7 @@ def imdb_table(records: Sequence[Record]) -> Table:
                 IMDB_CURVES[optimizer].label,
                 _percent(accuracy.values()),
                 ", ".join(f"{100 * value:.2f}" for value in accuracy.values()),
-                "" if optimizer == "adam" else _percent(above, "+"),
+                "" if optimizer == "adam" else _above(accuracy, adam),
                 _percent(slow) if slow else "",
                 f"{100 * statistics.mean(end['val_accuracy'] for end in ends):.2f}",
                 f"{statistics.mean(end['loss'] for end in ends):.3f}",
@@ -186,6 +185,21 @@ def sweep_table(records: Sequence[Record]) -> Table:
             + [_losses(group) for group in groups]
             + [_accuracies(group) for group in groups]
         )
+    return table
+
+
+def sweep_differences_table(records: Sequence[Record]) -> Table:
+    """How far Lookahead is ahead of SGD, of runs from the same seeds."""
+    sgd, slower, lookahead, large_alpha = SWEEP_CURVES
+    pairs = [(lookahead, sgd), (lookahead, slower), (large_alpha, sgd)]
+    labels = [[SWEEP_CURVES[variant].label for variant in pair] for pair in pairs]
+    table = [["learning rate", "momentum", *(" above ".join(pair) for pair in labels)]]
+    for rate, momentum in sorted(cifar.SWEEP):
+        row = [f"{rate:g}", f"{momentum:g}"]
+        for pair in pairs:
+            first, second = (_swept(records, rate, momentum, *each) for each in pair)
+            row.append(_above(_test_accuracy(first), _test_accuracy(second)))
+        table.append(row)
     return table
 
 
@@ -290,12 +304,8 @@ def longer_table(records: Sequence[Record]) -> Table:
             rate = cifar.best_rate(records, cifar.SMALL, k, alpha)
             settings = {**NOMINAL, "learning_rate": rate, "k": k, "alpha": alpha}
             group = _trainings(records, times_longer, **settings)
-            accuracy = {
-                record["settings"]["seed"]: record["results"]["test"]["accuracy"]
-                for record in group
-            }
+            accuracy = _test_accuracy(group)
             sgd = sgd or accuracy
-            above = [accuracy[seed] - sgd[seed] for seed in accuracy if seed in sgd]
             table.append(
                 [
                     SWEEP_CURVES[1, k, alpha].label,
@@ -304,7 +314,7 @@ def longer_table(records: Sequence[Record]) -> Table:
                     _losses(group),
                     _accuracies(group),
                     ", ".join(f"{100 * value:.2f}" for value in accuracy.values()),
-                    _percent(above, "+") if k and above else "",
+                    _above(accuracy, sgd) if k else "",
                 ]
             )
     return table
@@ -586,6 +596,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb-epochs": ("imdb", imdb_epochs_table),
     "imdb-short": ("imdb", imdb_short_table),
     "cifar-sweep": ("cifar", sweep_table),
+    "cifar-sweep-differences": ("cifar", sweep_differences_table),
     "cifar-k-alpha": ("cifar", k_alpha_table),
     "cifar-longer": ("cifar", longer_table),
     "cifar-updates": ("cifar", updates_table),
@@ -673,6 +684,20 @@ def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
     return {
         record["settings"]["seed"]: record["results"][measure] for record in records
     }
+
+
+def _test_accuracy(records: Iterable[Record]) -> dict[int, float]:
+    """CIFAR-10's, by seed."""
+    return {
+        record["settings"]["seed"]: record["results"]["test"]["accuracy"]
+        for record in records
+    }
+
+
+def _above(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """The mean difference from the same seeds, in points, with its interval."""
+    differences = [values[seed] - others[seed] for seed in values if seed in others]
+    return _percent(differences, "+") if differences else ""
 
 
 def _best(records: Iterable[Record]) -> str:
