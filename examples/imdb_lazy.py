@@ -66,10 +66,14 @@ def build_model(tokens: int) -> keras.Model:
 
 
 def build_optimizer(
-    name: str, learning_rate: float = 1e-3, k: int = 5, alpha: float = 0.5
+    name: str,
+    learning_rate: float = 1e-3,
+    k: int = 5,
+    alpha: float = 0.5,
+    epsilon: float = 1e-7,
 ) -> keras.optimizers.Optimizer:
     """Build what a name says: one of `CURVES`, or another in the same words."""
-    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer = keras.optimizers.Adam(learning_rate, epsilon=epsilon)
     if "lazy" in name:
         moments = "freeze" if "freeze" in name else "decay"
         optimizer = LazyOptimizer(optimizer, moments=moments)

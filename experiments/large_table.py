@@ -25,6 +25,7 @@ from workbench.plots import GREY, Curve
 from workbench.sources import Data
 
 BATCH_SIZE = large_table.BATCH_SIZE
+EPSILON = 1e-7  # Keras's
 PEER = "torch-sparse-adam"
 CURVES = {**large_table.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
 
@@ -51,7 +52,11 @@ def _in_keras(
 ) -> list[dict[str, float]]:
     model = large_table.build_model(x.shape[1], settings["rows"], large_table.WIDTH)
     model.compile(
-        optimizer=build_optimizer(settings["optimizer"], settings["learning_rate"]),
+        optimizer=build_optimizer(
+            settings["optimizer"],
+            settings["learning_rate"],
+            epsilon=settings.get("epsilon", EPSILON),
+        ),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
@@ -105,12 +110,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="(default: %(default)s)",
     )
+    parser.add_argument(
+        "--epsilon",
+        type=positive_float,
+        default=EPSILON,
+        metavar="EPSILON",
+        help="Adam's (default: %(default)s)",
+    )
     add_size(parser, "--rows", large_table.ROWS, reviews.NUM_WORDS + 1, "of the table")
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
-    batch_size = options.batch_size
-    unusual: Settings = {} if batch_size == BATCH_SIZE else {"batch_size": batch_size}
-    suffix = f"-batch{batch_size}" if unusual else ""
+    batch_size, epsilon = options.batch_size, options.epsilon
+    unusual: Settings = {}
+    suffix = ""
+    if batch_size != BATCH_SIZE:
+        unusual["batch_size"] = batch_size
+        suffix += f"-batch{batch_size}"
+    if epsilon != EPSILON:
+        if PEER in options.optimizers:
+            parser.error(f"{PEER} is run with Keras's epsilon only")
+        unusual["epsilon"] = epsilon
+        suffix += f"-epsilon{epsilon:g}"
     runs: dict[str, Settings] = {
         f"{optimizer}-rows{options.rows}-rate{rate:g}{suffix}-seed{seed}": {
             "optimizer": optimizer,

@@ -534,12 +534,14 @@ def large_table_table(records: Sequence[Record]) -> Table:
 
 
 def large_table_rates_table(records: Sequence[Record]) -> Table:
-    """Best validation accuracy at every learning rate, rows and batch size."""
+    """Best validation accuracy at every learning rate, by what else was varied."""
     rates = sorted({record["settings"]["learning_rate"] for record in records})
-    table = [["optimizer", "rows", "batch", *(f"{rate:g}" for rate in rates)]]
-    for rows, batch_size in sorted({_size(record) for record in records}):
-        of_size = [r for r in records if _size(r) == (rows, batch_size)]
-        for optimizer, group in _group(of_size, "optimizer", TABLE_CURVES).items():
+    shown = [f"{rate:g}" for rate in rates]
+    table = [["optimizer", "rows", "batch", "epsilon", *shown]]
+    for varied in sorted({_varied(record) for record in records}):
+        rows, batch_size, epsilon = varied
+        alike = [record for record in records if _varied(record) == varied]
+        for optimizer, group in _group(alike, "optimizer", TABLE_CURVES).items():
             by_rate = _group(group, "learning_rate", rates)
             best = [by_rate.get(rate, []) for rate in rates]
             table.append(
@@ -547,6 +549,7 @@ def large_table_rates_table(records: Sequence[Record]) -> Table:
                     TABLE_CURVES[optimizer].label,
                     f"2^{math.log2(rows):g}",
                     str(batch_size),
+                    f"{epsilon:g}",
                     *map(_best, best),
                 ]
             )
@@ -573,7 +576,8 @@ def draw_large_table(records: Sequence[Record]) -> Figure:
 
 def _tuned(records: Sequence[Record], rows: int) -> dict[str, list[Record]]:
     """The runs on a table of so many rows, of each optimizer at its best rate."""
-    usual = [r for r in records if _size(r) == (rows, large_table.BATCH_SIZE)]
+    wanted = rows, large_table.BATCH_SIZE, large_table.EPSILON
+    usual = [record for record in records if _varied(record) == wanted]
     tuned = {}
     for optimizer, group in _group(usual, "optimizer", TABLE_CURVES).items():
         of_first_seed = min(
@@ -585,9 +589,14 @@ def _tuned(records: Sequence[Record], rows: int) -> dict[str, list[Record]]:
     return tuned
 
 
-def _size(record: Record) -> tuple[int, int]:
+def _varied(record: Record) -> tuple[int, int, float]:
+    """Rows, batch size and epsilon, of which a run names those that are not usual."""
     settings = record["settings"]
-    return settings["rows"], settings.get("batch_size", large_table.BATCH_SIZE)
+    return (
+        settings["rows"],
+        settings.get("batch_size", large_table.BATCH_SIZE),
+        settings.get("epsilon", large_table.EPSILON),
+    )
 
 
 # The pages' tables and the pictures, and the folders of the runs they are made from.

@@ -192,7 +192,12 @@ def test_large_table_command(tmp_path):
     of_one = ["--optimizers", "adam", "--learning-rates", "1e-9", "0.1"]
     assert large_table.main([*arguments, *of_one]) == 0
     assert large_table.main([*arguments, *of_one[:3], "0.1", "--batch-size", "8"]) == 0
-    assert len(list(tmp_path.glob("*.json"))) == 5
+    at_rate = [*of_one[:3], "0.1"]
+    assert large_table.main([*arguments, *at_rate, "--epsilon", "0.001"]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 6
+    assert (tmp_path / "adam-rows30000-rate0.1-epsilon0.001-seed4.json").exists()
+    with pytest.raises(SystemExit):
+        large_table.main([*arguments, *of_two, "--epsilon", "0.001"])
     assert (tmp_path / "adam-rows30000-rate0.1-batch8-seed4.json").exists()
     records = _runs.read(tmp_path)
     for record in records:
@@ -211,10 +216,19 @@ def test_large_table_command(tmp_path):
         }
         assert best in {f"{100 * each:.2f}" for each in accuracy}
         assert float(seconds) > 0
-    heading, of_batch_8, of_adam, *_ = report.large_table_rates_table(records)
-    assert heading[3:] == ["1e-09", "0.01", "0.1"]
-    assert of_batch_8[2:5] == ["8", "", ""]
-    assert of_adam[2:5:2] == ["64", ""]
+    heading, of_batch_8, of_adam, *_, of_epsilon = report.large_table_rates_table(
+        records
+    )
+    assert heading[3:] == ["epsilon", "1e-09", "0.01", "0.1"]
+    assert of_batch_8[2:6] == ["8", "1e-07", "", ""]
+    assert of_adam[2:4] == ["64", "1e-07"]
+    assert of_adam[5] == ""
+    assert of_epsilon[2:6] == ["64", "0.001", "", ""]
+    usual, other = (
+        read(tmp_path, f"adam-rows30000-rate0.1{suffix}-seed4")["results"]["epochs"]
+        for suffix in ("", "-epsilon0.001")
+    )
+    assert usual[1]["loss"] != other[1]["loss"]
 
 
 def test_the_peer_takes_the_mean_of_what_is_no_padding():
@@ -439,6 +453,9 @@ def test_runs_of_the_sweep_are_told_apart(monkeypatch):
     assert first[6:] == ["49.00 ± 12.71", "60.00", "70.00", ""]
     assert second == ["1", "0.9", "diverged", "", "", "", "diverged", "", "", ""]
     report.draw_sweep(records)
+    _, above, diverged = report.sweep_differences_table(records)
+    assert above == ["0.1", "0.9", "+20.00", "+10.00", ""]
+    assert diverged[2:] == ["", "", ""]
 
     _, five, ten, _, without = report.k_alpha_table(records)
     assert five == ["5", "0.200", "0.300", "", "80.00", "70.00", ""]
