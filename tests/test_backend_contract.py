@@ -59,7 +59,7 @@ def test_a_sync_in_place(alpha, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("moved", [0, 3, 5000, 39_999])
-@pytest.mark.parametrize("rows", [7, 40_000])
+@pytest.mark.parametrize("rows", [7, 40_000, 40_009, 2**17])
 def test_a_sync_of_rows(rows, moved, mode):
     """The rows that were updated lately, few or many, of small and large tables."""
     group = pair((rows, 2), 3)
