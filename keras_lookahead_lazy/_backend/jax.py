@@ -183,11 +183,15 @@ def sync_rows_if(
         predicate: Any, fast: jax.Array, slow: jax.Array
     ) -> tuple[jax.Array, ...]:
         """One array after the other, for a loop that changes both copies them."""
-        moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
+
+        def where_moved(new: jax.Array, old: jax.Array) -> tuple[jax.Array]:
+            moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
+            return (jnp.where(moved, new, old),)
+
         (fast,) = _once_if(
-            predicate, lambda f: (jnp.where(moved, sync(f, slow)[0], f),), (fast,)
+            predicate, lambda f: where_moved(sync(f, slow)[0], f), (fast,)
         )
-        (slow,) = _once_if(predicate, lambda s: (jnp.where(moved, fast, s),), (slow,))
+        (slow,) = _once_if(predicate, lambda s: where_moved(fast, s), (slow,))
         return fast, slow
 
     def sync_few(
