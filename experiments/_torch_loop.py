@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-EPSILON = 1e-7  # Keras's; torch has 1e-8
-
 
 class Classifier(torch.nn.Module):
     """A logit of the mean of the embeddings, padding left out, started as Keras does.
@@ -42,6 +40,7 @@ def train(
     rows: int,
     width: int,
     learning_rate: float,
+    epsilon: float,
     batch_size: int,
     epochs: int,
     seed: int,
@@ -50,8 +49,8 @@ def train(
     torch.manual_seed(seed)
     model = Classifier(rows, width)
     optimizers = [
-        torch.optim.SparseAdam(model.bag.parameters(), lr=learning_rate, eps=EPSILON),
-        torch.optim.Adam(model.dense.parameters(), lr=learning_rate, eps=EPSILON),
+        torch.optim.SparseAdam(model.bag.parameters(), lr=learning_rate, eps=epsilon),
+        torch.optim.Adam(model.dense.parameters(), lr=learning_rate, eps=epsilon),
     ]
     loss_of = torch.nn.functional.binary_cross_entropy_with_logits
     ids, labels = torch.from_numpy(x), torch.from_numpy(y).float()

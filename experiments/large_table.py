@@ -25,7 +25,7 @@ from workbench.plots import GREY, Curve
 from workbench.sources import Data
 
 BATCH_SIZE = large_table.BATCH_SIZE
-EPSILON = 1e-7  # Keras's
+EPSILON = 1e-7  # Keras's; torch has 1e-8
 PEER = "torch-sparse-adam"
 CURVES = {**large_table.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
 
@@ -85,6 +85,7 @@ def _in_torch(
         rows=settings["rows"],
         width=large_table.WIDTH,
         learning_rate=settings["learning_rate"],
+        epsilon=EPSILON,
         batch_size=settings.get("batch_size", BATCH_SIZE),
         epochs=settings["epochs"],
         seed=settings["seed"],

@@ -9,7 +9,8 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ NOMINAL: dict[str, Any] = {
     "learning_rate": cifar.LEARNING_RATE,
     "momentum": cifar.MOMENTUM,
 }
+TEST_ACCURACY = ("test", "accuracy")
 TRAININGS = (
     ("train", "loss", "final train loss"),
-    ("test", "accuracy", "test accuracy"),
+    (*TEST_ACCURACY, "test accuracy"),
 )
 
 
@@ -198,7 +200,8 @@ def sweep_differences_table(records: Sequence[Record]) -> Table:
         row = [f"{rate:g}", f"{momentum:g}"]
         for pair in pairs:
             first, second = (_swept(records, rate, momentum, *each) for each in pair)
-            row.append(_above(_test_accuracy(first), _test_accuracy(second)))
+            accuracies = [_by_seed(each, *TEST_ACCURACY) for each in (first, second)]
+            row.append(_above(*accuracies))
         table.append(row)
     return table
 
@@ -301,10 +304,8 @@ def longer_table(records: Sequence[Record]) -> Table:
     for times_longer in (1, cifar.TIMES_LONGER):
         sgd: dict[int, float] = {}
         for k, alpha in cifar.LONGER:
-            rate = cifar.best_rate(records, cifar.SMALL, k, alpha)
-            settings = {**NOMINAL, "learning_rate": rate, "k": k, "alpha": alpha}
-            group = _trainings(records, times_longer, **settings)
-            accuracy = _test_accuracy(group)
+            rate, group = _at_best_rate(records, times_longer, k, alpha)
+            accuracy = _by_seed(group, *TEST_ACCURACY)
             sgd = sgd or accuracy
             table.append(
                 [
@@ -327,13 +328,22 @@ def draw_longer(records: Sequence[Record]) -> Figure:
     for k, alpha in cifar.LONGER:
         curve = SWEEP_CURVES[1, k, alpha]
         curves[curve.label] = curve
-        group = _trainings(records, cifar.TIMES_LONGER, k=k, alpha=alpha)
+        _, group = _at_best_rate(records, cifar.TIMES_LONGER, k, alpha)
         runs[curve.label] = _epochs(group)
     loss, accuracy = figure.subplots(1, 2)
     draw_measure(loss, "loss", "train loss", runs, curves)
     draw_measure(accuracy, "val_accuracy", "test accuracy", runs, curves)
     legend(figure, accuracy)
     return figure
+
+
+def _at_best_rate(
+    records: Sequence[Record], times_longer: int, k: int | None, alpha: float | None
+) -> tuple[float, list[Record]]:
+    """The best learning rate of the sweep, and the runs of some length with it."""
+    rate = cifar.best_rate(records, cifar.SMALL, k, alpha)
+    settings = {**NOMINAL, "learning_rate": rate, "k": k, "alpha": alpha}
+    return rate, _trainings(records, times_longer, **settings)
 
 
 def updates_table(records: Sequence[Record]) -> Table:
@@ -689,16 +699,10 @@ def _epochs(records: Iterable[Record]) -> list[Epochs]:
     return [record["results"]["epochs"] for record in records]
 
 
-def _by_seed(records: Iterable[Record], measure: str) -> dict[int, float]:
+def _by_seed(records: Iterable[Record], *place: str) -> dict[int, float]:
+    """What stands in some place of the results, by the seed."""
     return {
-        record["settings"]["seed"]: record["results"][measure] for record in records
-    }
-
-
-def _test_accuracy(records: Iterable[Record]) -> dict[int, float]:
-    """CIFAR-10's, by seed."""
-    return {
-        record["settings"]["seed"]: record["results"]["test"]["accuracy"]
+        record["settings"]["seed"]: reduce(getitem, place, record["results"])
         for record in records
     }
 
@@ -736,7 +740,7 @@ def _losses(records: Iterable[Record]) -> str:
 
 def _accuracies(records: Iterable[Record]) -> str:
     """The mean test accuracy of several seeds, with its interval."""
-    values = _values(records, "test", "accuracy")
+    values = _values(records, *TEST_ACCURACY)
     if np.isnan(values).any():
         return "diverged"
     return _percent(values) if values else ""
