@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,12 @@ class Table:
     constraint: Any = None
 
     @property
+    def variables(self) -> list[keras.Variable]:
+        """The table and what has an entry for each of its rows."""
+        slow = [copy.variable for copy in self.moved.slow_copies]
+        return [self.variable, self.moved.last_update, *slow, *self.slots.values()]
+
+    @property
     def every_row(self) -> bool:
         """Whether each step has to work on every row."""
         return self.reason is not None
@@ -63,20 +69,31 @@ def step(
         now: the number of this update.
         decays: whether slots of rows that were not sampled decay, or stay.
     """
-    rows = _SampledRows(table, replica, gradient, decays)
-    if rows.is_empty:
-        return  # Keras on TensorFlow cannot add where there are no rows
-    if decays and table.log_rates:
-        rows.catch_up(now)
-    for copy, slow in zip(table.moved.slow_copies, rows.slow, strict=True):
-        copy.take_rows(slow, rows.weight.value, table.moved, rows.last_update.value)
-    rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
-    _keras.step_on_rows(
-        optimizer, table.variable, rows.weight, rows.slots, rows.gradient, learning_rate
-    )
-    if table.constraint is not None:
-        rows.weight.assign(table.constraint(rows.weight.masked()))
-    rows.write()
+    caught_up = engine.replica(table.caught_up, replica)
+
+    def step_on(gradient: Any, stored: Sequence) -> None:
+        rows = _SampledRows(table, stored, gradient, decays)
+        if rows.is_empty:
+            return  # Keras on TensorFlow cannot add where there are no rows
+        if decays and table.log_rates:
+            rows.catch_up(now, caught_up)
+        for copy, slow in zip(table.moved.slow_copies, rows.slow, strict=True):
+            copy.take_rows(slow, rows.weight.value, table.moved, rows.last_update.value)
+        rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
+        _keras.step_on_rows(
+            optimizer,
+            table.variable,
+            rows.weight,
+            rows.slots,
+            rows.gradient,
+            learning_rate,
+        )
+        if table.constraint is not None:
+            rows.weight.assign(table.constraint(rows.weight.masked()))
+        rows.write()
+
+    stored = [engine.replica(variable, replica) for variable in table.variables]
+    engine.step_in_rounds(gradient, stored, step_on)
 
 
 class _SampledRows:
@@ -86,18 +103,13 @@ class _SampledRows:
     values all the same; only slots that decay do so in every row.
     """
 
-    def __init__(self, table: Table, replica: Any, gradient: Any, decays: bool) -> None:
-        slow = [copy.variable for copy in table.moved.slow_copies]
-        variables = [
-            table.variable,
-            table.moved.last_update,
-            *slow,
-            *table.slots.values(),
-        ]
-        self._stored = [engine.replica(variable, replica) for variable in variables]
-        self._caught_up = engine.replica(table.caught_up, replica)
+    def __init__(
+        self, table: Table, stored: Sequence, gradient: Any, decays: bool
+    ) -> None:
+        variables = table.variables
+        self._stored = stored
         self._log_rates = table.log_rates
-        rows, values = _find_rows(gradient, self._stored, table.every_row)
+        rows, values = _find_rows(gradient, stored, table.every_row)
         self._indices, self.gradient = rows.indices, rows.gradient
 
         def view(variable: keras.Variable, value: Any, may_all: bool) -> RowView:
@@ -107,7 +119,7 @@ class _SampledRows:
         def all_change(name: str) -> bool:
             return name not in table.slots_by_row or (decays and rows.indices is None)
 
-        count = 2 + len(slow)
+        count = 2 + len(table.moved.slow_copies)
         self.weight, self.last_update, *self.slow = (
             view(variable, value, may_all=False)
             for variable, value in zip(variables[:count], values[:count], strict=True)
@@ -124,14 +136,13 @@ class _SampledRows:
         """Whether there are no rows, where that is known before the step runs."""
         return self._indices is not None and self._indices.shape[0] == 0
 
-    def catch_up(self, now: Any) -> None:
+    def catch_up(self, now: Any, caught_up: Any) -> None:
         """Let slots decay by the steps before update `now` that their rows missed."""
-        caught_up = engine.read_rows(self._caught_up, None)
-        current = ops.maximum(self.last_update.value, caught_up)
+        before = engine.read_rows(caught_up, None)
+        current = ops.maximum(self.last_update.value, before)
         _catch_up.decay(self.slots, self._log_rates, now - 1 - current)
         if self._indices is None:
-            caught_up = now + ops.zeros_like(caught_up)
-            engine.write_rows([self._caught_up], None, [caught_up])
+            engine.write_rows([caught_up], None, [now + ops.zeros_like(before)])
 
     def write(self) -> None:
         """Write the rows back."""

@@ -173,14 +173,15 @@ def gradients(model, x, y):
     return numpy(found)
 
 
-def train(make_model, how, settings=None, moments="decay", k=None, **around):
+def train(make_model, how, settings=None, moments="decay", k=None, kind="Adam"):
     """Compare weights after each `train_on_batch` with the reference's."""
     settings = {"learning_rate": 0.02, **(settings or {})}
     model, twin = make_model(), make_model()
     rng = np.random.default_rng(1)
     initial = [rng.normal(size=w.shape) * 0.5 for w in model.get_weights()]
     model.set_weights(initial)
-    lazy = LazyOptimizer(keras.optimizers.Adam(**settings), moments=moments)
+    inner = getattr(keras.optimizers, kind)(**settings)
+    lazy = LazyOptimizer(inner, moments=moments)
     optimizer = Lookahead(lazy, k=k, alpha=0.3) if k else lazy
     model.compile(optimizer, "mse", **how)
     # Keras builds an optimizer in the first step, which looks up as Keras does.
@@ -188,7 +189,7 @@ def train(make_model, how, settings=None, moments="decay", k=None, **around):
     table = [w.path.endswith("words/embeddings") for w in model.trainable_variables]
     reference = Reference(
         numpy(model.trainable_variables),
-        ("Adam", settings),
+        (kind, settings),
         lazy={"tables": [table.index(True)], "moments": moments},
         lookahead={"k": k, "alpha": 0.3} if k else None,
     )
@@ -224,6 +225,19 @@ SETTINGS = {
 def test_settings(settings, make_model, how):
     moments = "freeze" if make_model is tied else "decay"
     train(make_model, how, settings, moments)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX takes rounds")
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("moments", ["decay", "freeze"])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "Nadam", "Ftrl"])
+@pytest.mark.parametrize("make_model", [one_look_up, two_look_ups, recurrent])
+def test_more_look_ups_than_a_round_has(monkeypatch, make_model, kind, moments, k):
+    from keras_lookahead_lazy._backend import engine
+
+    monkeypatch.setattr(engine, "LOOK_UPS_PER_READ", 6)
+    monkeypatch.setattr(engine, "LOOK_UPS_PER_ROUND", 3)
+    train(make_model, {"jit_compile": True}, None, moments, k, kind)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="a gradient that torch's programs see")

@@ -75,6 +75,16 @@ class Engine(Protocol):
             as a whole.
         """
 
+    def step_in_rounds(
+        self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]
+    ) -> None:
+        """Call `step(gradient, variables)`, with some rows at a time if they are many.
+
+        Args:
+            gradient: of a table, in any form.
+            variables: replicas of the table and of what is kept for it.
+        """
+
     def whole(self, gradient: Any) -> Any:
         """A gradient in a form that Keras's optimizers take."""
 

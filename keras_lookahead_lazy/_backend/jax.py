@@ -20,6 +20,10 @@ KERAS_TAKES_ROWS = False
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
+# Where a table is divided between devices, each needs the rows that all look up. So
+# many are read at a time, and a step works on so many at a time.
+LOOK_UPS_PER_READ = 2**19
+LOOK_UPS_PER_ROUND = 2**16
 # A sync works on so many rows at a time, which bounds what it needs beside the weights.
 ROWS_PER_ROUND = 2048
 # It takes the whole table where one in so many rows has moved, or it is small.
@@ -34,7 +38,12 @@ def is_dense(ids: Any) -> bool:
 
 
 def look_up(table: keras.Variable, ids: Any) -> jax.Array:
-    return jax_gradient.look_up(table.value, ids)
+    ids = jnp.asarray(ids)
+    reads = min(math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1])
+    if reads <= 1:
+        return jax_gradient.look_up(table.value, ids)
+    parts = jnp.array_split(ids, reads)
+    return jnp.concatenate([jax_gradient.look_up(table.value, part) for part in parts])
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
@@ -44,15 +53,73 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
     if not count or rows < ROWS_PER_LOOK_UP * count:
         return None
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
-    values = [values.reshape(-1, *row_shape) for _, values in look_ups]
     ids = jnp.where(ids < 0, ids + rows, ids)
-    indices, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
-    is_new = jnp.concatenate([jnp.zeros(1, bool), indices[1:] != indices[:-1]])
+    values = [values.reshape(-1, *row_shape) for _, values in look_ups]
+    return _sum_duplicates(ids, jnp.concatenate(values), rows)
+
+
+def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
+    """Different rows, in order; what is past the table's end takes the other places."""
+    count = len(ids)
+    ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
+    is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
     position = jnp.cumsum(is_new)
-    sums = jax.ops.segment_sum(
-        jnp.concatenate(values)[order], position, count, indices_are_sorted=True
-    )
-    return RowGradient(sums, indices, position)
+    size, rounds = _rounds(count)
+    length = size * rounds
+
+    def add(number: Any, sums: jax.Array) -> jax.Array:
+        def part(whole: jax.Array) -> jax.Array:
+            padded = jnp.pad(whole, (0, length - count), constant_values=length)
+            return jax.lax.dynamic_slice_in_dim(padded, number * size, size)
+
+        more = values.at[part(order)].get(mode="clip")
+        return sums.at[part(position)].add(more, mode="drop", indices_are_sorted=True)
+
+    sums = jnp.zeros((length, *values.shape[1:]), values.dtype)
+    sums = jax.lax.fori_loop(0, rounds, add, sums)
+    indices = jnp.full(length, rows, ids.dtype)
+    indices = indices.at[position].set(ids, indices_are_sorted=True)
+    return RowGradient(sums, indices, None)
+
+
+def _rounds(look_ups: int) -> tuple[int, int]:
+    """How many look-ups there are in a round, and how many rounds."""
+    size = min(look_ups, LOOK_UPS_PER_ROUND)
+    return size, math.ceil(look_ups / size)
+
+
+def step_in_rounds(
+    gradient: Any, variables: Sequence[keras.Variable], step: Callable
+) -> None:
+    """A loop, through which the variables' values go."""
+    size, rounds = 0, 1
+    if isinstance(gradient, RowGradient):
+        size, rounds = _rounds(len(gradient.indices))
+    if rounds == 1:
+        step(gradient, variables)
+        return
+    sums, indices, _ = gradient
+    rows = variables[0].shape[0]
+
+    def step_on_next(carry: tuple) -> tuple:
+        start, *values = carry
+        views = [
+            _keras.UnstoredVariable(value, variable)
+            for value, variable in zip(values, variables, strict=True)
+        ]
+        parts = [
+            jax.lax.dynamic_slice_in_dim(each, start, size) for each in (sums, indices)
+        ]
+        step(RowGradient(*parts, None), views)
+        return start + size, *(view.value for view in views)
+
+    def has_rows(carry: tuple) -> jax.Array:
+        return indices.at[carry[0]].get(mode="fill", fill_value=rows) < rows
+
+    start = (0, *(variable.value for variable in variables))
+    _, *values = jax.lax.while_loop(has_rows, step_on_next, start)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def whole(gradient: Any) -> jax.Array:

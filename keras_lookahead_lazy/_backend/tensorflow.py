@@ -50,6 +50,11 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
     return RowGradient(gradient.values, gradient.indices, None)
 
 
+def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
+    """In one: a replica has the look-ups of its own part of the batch."""
+    step(gradient, variables)
+
+
 def whole(gradient: Any) -> Any:
     return gradient
 

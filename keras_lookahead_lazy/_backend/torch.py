@@ -59,6 +59,11 @@ def row_gradient(
     return _backend.RowGradient(sums, indices, position)
 
 
+def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
+    """In one: a replica has the look-ups of its own part of the batch."""
+    step(gradient, variables)
+
+
 def whole(gradient: torch.Tensor) -> torch.Tensor:
     if isinstance(gradient, RowGradient):
         return gradient.whole()

@@ -39,6 +39,13 @@ def test_a_lazy_step_has_small_temporaries(
     assert program["temporary_bytes"] <= 0.02 * program["table_bytes"]
 
 
+def test_many_chips_share_a_large_table(programs: list[dict]) -> None:
+    """A million look-ups a step: all their rows are 537 MB."""
+    program = find(programs, "Lazy decay", chips=256)
+    assert program["temporary_bytes"] <= 1e9
+    assert not [each for each in program["collectives"] if each["has_vocabulary"]]
+
+
 @pytest.mark.parametrize("optimizer", LAZY)
 def test_the_table_does_not_cross_the_network(
     programs: list[dict], optimizer: str
