@@ -1,9 +1,9 @@
 """Write the benchmarks' figures and pictures into the pages of the documentation.
 
 `python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json` and the files
-in `benchmarks/results/insight` and `benchmarks/results/reliability`; `--check` says
-whether the pages have the figures that are there. A line that no run has measured
-stands there as such.
+in the folders `insight`, `reliability` and `tpu` beside those; `--check` says whether
+the pages have the figures that are there. A line that no run has measured stands there
+as such.
 """
 
 import argparse
@@ -167,6 +167,25 @@ def insight() -> Table:
     return table
 
 
+def tpu() -> Table:
+    """What the TPU compiler says that a lazy step needs, a chip."""
+    table = [["table", "for", "optimizer", "state, MB", "temporaries, MB", "of table"]]
+    path = RESULTS / "tpu" / "tpu.json"
+    for program in json.loads(path.read_text(encoding="utf-8"))["programs"]:
+        chips, temporaries = program["chips"], program["temporary_bytes"]
+        table.append(
+            [
+                f"{program['vocabulary']:.0e} x {program['width']}",
+                f"{chips} chip{'s' * (chips > 1)}",
+                program["optimizer"],
+                f"{program['state_bytes'] / 1e6:,.0f}",
+                f"{temporaries / 1e6:,.1f}",
+                f"{100 * temporaries / program['table_bytes']:.1f} %",
+            ]
+        )
+    return table
+
+
 TABLES: _pages.Tables = {
     "costs-short": short,
     "fit": partial(ratios, FIT),
@@ -178,6 +197,7 @@ TABLES: _pages.Tables = {
     "step-times": step_times,
     "measured": measured,
     "insight": insight,
+    "tpu": tpu,
     "reliability": _table.answers,
     "reliability-notes": _table.notes,
 }
