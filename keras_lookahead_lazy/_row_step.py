@@ -152,7 +152,7 @@ class _SampledRows:
 
 
 def _find_rows(
-    gradient: Any, variables: list, every_row: bool
+    gradient: Any, variables: Sequence, every_row: bool
 ) -> tuple[Rows, list[Any]]:
     if not isinstance(gradient, RowGradient):
         return engine.find_rows(gradient, variables, every_row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,8 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
     is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
     position = jnp.cumsum(is_new)
-    size, rounds = _rounds(count)
+    size = min(count, LOOK_UPS_PER_ROUND)
+    rounds = math.ceil(count / size)
     length = size * rounds
 
     def add(number: Any, sums: jax.Array) -> jax.Array:
@@ -82,24 +84,15 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     return RowGradient(sums, indices, None)
 
 
-def _rounds(look_ups: int) -> tuple[int, int]:
-    """How many look-ups there are in a round, and how many rounds."""
-    size = min(look_ups, LOOK_UPS_PER_ROUND)
-    return size, math.ceil(look_ups / size)
-
-
 def step_in_rounds(
     gradient: Any, variables: Sequence[keras.Variable], step: Callable
 ) -> None:
     """A loop, through which the variables' values go."""
-    size, rounds = 0, 1
-    if isinstance(gradient, RowGradient):
-        size, rounds = _rounds(len(gradient.indices))
-    if rounds == 1:
+    size, rows = LOOK_UPS_PER_ROUND, variables[0].shape[0]
+    if not isinstance(gradient, RowGradient) or len(gradient.indices) <= size:
         step(gradient, variables)
         return
     sums, indices, _ = gradient
-    rows = variables[0].shape[0]
 
     def step_on_next(carry: tuple) -> tuple:
         start, *values = carry
@@ -107,10 +100,10 @@ def step_in_rounds(
             _keras.UnstoredVariable(value, variable)
             for value, variable in zip(values, variables, strict=True)
         ]
-        parts = [
-            jax.lax.dynamic_slice_in_dim(each, start, size) for each in (sums, indices)
-        ]
-        step(RowGradient(*parts, None), views)
+        part_of = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
+        )
+        step(RowGradient(part_of(sums), part_of(indices), None), views)
         return start + size, *(view.value for view in views)
 
     def has_rows(carry: tuple) -> jax.Array:
