@@ -232,6 +232,12 @@ def _fit_goals(sizes: Sizes) -> Iterator[Goal]:
                 _step(lazy, tfa),
                 1.1,
             )
+            yield Goal(
+                "fit-bare",
+                "fit: Lazy decay / tfa's operations, same TF",
+                TITLES[place],
+                _step(lazy, dataclasses.replace(lazy, optimizer="bare LazyAdam")),
+            )
         if place == "torch":
             yield Goal(
                 "fit-torch-loop",

@@ -47,6 +47,7 @@ FIT = (
     ("fit-imported-{place}", "Adam, package in use / not imported"),
     ("fit-memory-{place}", "memory that grows with the table, in tables"),
     ("fit-tfa", "LazyOptimizer / tfa LazyAdam"),
+    ("fit-bare", "LazyOptimizer / LazyAdam's operations, same TensorFlow"),
     ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
 )
 LAZY_STEPS = (

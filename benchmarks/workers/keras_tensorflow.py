@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.workers import _serve
 
@@ -49,35 +50,70 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
 
 
 def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
-    model = build_model(name, mode, problem)
+    if name == "bare LazyAdam":
+        model = _fit.build(keras, BareLazyAdam, mode, problem)
+    else:
+        model = build_model(name, mode, problem)
     model.optimizer.build(model.trainable_variables)
     return _fit.Fit(keras, model, problem)
 
 
 def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:
-    """The fewest operations for a lazy Adam step, those of tensorflow-addons.
-
-    Without Keras, settings, or rows that turn out to have no gradient: how much of a
-    difference between two versions of TensorFlow is TensorFlow's own.
-    """
+    """A step with those operations, without Keras."""
     table = tf.Variable(tf.fill(shape, 0.01))
     m, v = tf.Variable(tf.zeros(shape)), tf.Variable(tf.zeros(shape))
     step = tf.Variable(0.0)
 
     def update(gradients: list) -> None:
         (slices,) = gradients
-        t = step.assign_add(1.0)
-        rate = 1e-3 * tf.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        rows, position = tf.unique(slices.indices)
-        gradient = tf.math.unsorted_segment_sum(slices.values, position, tf.size(rows))
-        new_m = 0.9 * m.sparse_read(rows) + 0.1 * gradient
-        new_v = 0.999 * v.sparse_read(rows) + 0.001 * gradient**2
-        m.scatter_update(tf.IndexedSlices(new_m, rows))
-        v.scatter_update(tf.IndexedSlices(new_v, rows))
-        change = rate * new_m / (tf.sqrt(new_v) + 1e-7)
-        table.scatter_sub(tf.IndexedSlices(change, rows))
+        lazy_adam_step(slices, table, m, v, step.assign_add(1.0))
 
     return update
+
+
+class BareLazyAdam(keras.optimizers.Adam):
+    """An Adam that does those operations on what was looked up, and in such a table.
+
+    Args:
+        tables: an embedding layer, which looks up in the variable itself from now on.
+    """
+
+    def __init__(self, tables: list) -> None:
+        super().__init__()
+        (words,) = tables
+        words.call = lambda ids: tf.gather(words.embeddings.value, ids)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        if not isinstance(gradient, tf.IndexedSlices):
+            super().update_step(gradient, variable, learning_rate)
+            return
+        index = self._get_variable_index(variable)
+        slots = self._momentums[index].value, self._velocities[index].value
+        step = tf.cast(self.iterations.value + 1, "float32")
+        lazy_adam_step(gradient, variable, *slots, step)
+
+
+def lazy_adam_step(
+    slices: tf.IndexedSlices,
+    table: tf.Variable,
+    m: tf.Variable,
+    v: tf.Variable,
+    step: tf.Tensor,
+) -> None:
+    """The fewest operations for a lazy Adam step, those of tensorflow-addons.
+
+    Without settings, or rows that turn out to have no gradient: how much of a
+    difference between two versions of TensorFlow is TensorFlow's own.
+    """
+    rate = 1e-3 * tf.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    rows, position = tf.unique(slices.indices)
+    gradient = tf.math.unsorted_segment_sum(slices.values, position, tf.size(rows))
+    new_m = 0.9 * m.sparse_read(rows) + 0.1 * gradient
+    new_v = 0.999 * v.sparse_read(rows) + 0.001 * gradient**2
+    m.scatter_update(tf.IndexedSlices(new_m, rows))
+    v.scatter_update(tf.IndexedSlices(new_v, rows))
+    change = rate * new_m / (tf.sqrt(new_v) + 1e-7)
+    table.scatter_sub(tf.IndexedSlices(change, rows))
 
 
 about = {"keras": keras.__version__, "tensorflow": tf.__version__}
