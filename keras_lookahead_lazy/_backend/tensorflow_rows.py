@@ -91,17 +91,43 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
 def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
     """Call `function` with the positions of `chosen`, `size` at a time, under XLA.
 
-    Places that are left over in the last round repeat its last position.
+    Places that are left over in the last round repeat its last position. 32 entries are
+    packed into a word, so that what is searched is short.
     """
-    rank = tf.cumsum(tf.cast(chosen, "int32"))
+    padding = -chosen.shape[0] % 32
+    pieces = tf.reshape(tf.pad(chosen, [[0, padding]]), [-1, 32])
+    bits = tf.constant([2**bit for bit in range(32)], "uint32")
+    words = tf.reduce_sum(tf.where(pieces, bits, tf.zeros_like(bits)), axis=1)
+    counts = _count_bits(words)
+    rank = tf.cumsum(counts)
     total = rank[-1]
 
     def work(start: tf.Tensor) -> tuple[tf.Tensor]:
         wanted = tf.minimum(start + tf.range(1, size + 1), total)
-        function(_first_at_least(rank, wanted))
+        word = _first_at_least(rank, wanted)
+        before = tf.gather(rank, word) - tf.gather(counts, word)
+        bit = _bit(tf.gather(words, word), wanted - before - 1)
+        function(32 * word + bit)
         return (start + size,)
 
     tf.while_loop(lambda start: start < total, work, [tf.zeros((), "int32")])
+
+
+def _bit(word: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """The place of a word's bit that is its `number`-th of those set, from 0."""
+    place = tf.zeros_like(number)
+    for width in (16, 8, 4, 2, 1):
+        shifted = tf.bitwise.right_shift(word, tf.cast(place, "uint32"))
+        low = tf.bitwise.bitwise_and(shifted, tf.constant(2**width - 1, "uint32"))
+        before = _count_bits(low)
+        is_further = before <= number
+        number = tf.where(is_further, number - before, number)
+        place = tf.where(is_further, place + width, place)
+    return place
+
+
+def _count_bits(words: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.raw_ops.PopulationCount(x=words), "int32")
 
 
 def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
