@@ -15,6 +15,8 @@ from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
 KERAS_TAKES_ROWS = False
+# A sync on the host works on so many rows at a time, which stay in the cache.
+ROWS_PER_ROUND = 4096
 
 
 # Look-ups and their gradients
@@ -197,13 +199,15 @@ def sync_rows_if(
         return
     *pair, last_update = group
     moved = last_update.value > since
-    rows = moved.nonzero()[:, 0] if _is_on_host(moved) else None
-    old = [read_rows(variable, rows) for variable in pair]
-    points = sync(*old)
-    if rows is None:
-        moved = moved.reshape(-1, *[1] * (old[0].ndim - 1))
-        points = [torch.where(moved, *each) for each in zip(points, old, strict=True)]
-    write_rows(pair, rows, points)
+    if _is_on_host(moved):
+        for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
+            points = sync(*(read_rows(variable, rows) for variable in pair))
+            write_rows(pair, rows, points)
+        return
+    old = [read_rows(variable, None) for variable in pair]
+    moved = moved.reshape(-1, *[1] * (old[0].ndim - 1))
+    points = zip(sync(*old), old, strict=True)
+    write_rows(pair, None, [torch.where(moved, *each) for each in points])
 
 
 # The rest
