@@ -96,12 +96,16 @@ class MovedRows:
             return 0
         return self.updates() - updates_in_cycle
 
+    def are_new(self, last_update: Any, copy: SlowCopy) -> Any:
+        """Whether a cycle has not moved rows yet, that were moved in `last_update`."""
+        return last_update <= self.since(copy.updates_in_cycle())
+
 
 @dataclass(frozen=True)
 class SlowCopy:
     """The slow copy of a table, of which a row is taken when a cycle first moves it.
 
-    Until then both are the same, so there is nothing to back up.
+    Until then it means nothing: the row has not left its slow weights.
 
     Attributes:
         variable: the slow weights, of the table's shape.
@@ -110,14 +114,3 @@ class SlowCopy:
 
     variable: keras.Variable
     updates_in_cycle: Callable[[], Any]
-
-    def take_rows(self, slow: Any, weight: Any, moved: MovedRows, last: Any) -> None:
-        """Copy rows that are to move for the first time.
-
-        Args:
-            slow: the rows of the slow copy, a variable.
-            weight: the rows of the table.
-            last: when they were updated before.
-        """
-        is_first = last <= moved.since(self.updates_in_cycle())
-        slow.assign(where(is_first, weight, slow.value))

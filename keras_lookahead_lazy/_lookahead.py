@@ -183,17 +183,27 @@ class Lookahead(OptimizerWrapper):
         sync, keys = Sync(self.alpha), {_keras.key(self, v) for v in given}
         present: list[tuple] = []
         left_out: list[tuple] = []
+        shared: list[tuple] = []
         for fast, slow in self._pairs:
             moved = self._moved(fast)
             if _keras.key(self, fast) not in keys:
                 left_out.append((fast, slow))
             elif moved is None:
                 present.append((fast, slow))
+            elif moved.is_shared:
+                shared.append((fast, slow, moved.last_update))
             else:
                 rows = fast, slow, moved.last_update
                 engine.sync_rows_if(is_sync, rows, moved.since(self.k), sync)
         engine.sync_if(is_sync, present, sync)
         engine.back_up_if(is_sync, left_out)
+        engine.update_if(is_sync, shared, self._sync_moved)
+
+    def _sync_moved(self, fast: Any, slow: Any, last_update: Any) -> tuple:
+        """Of a table that other Lookaheads sync, too: all rows that ever moved."""
+        moved = last_update > 0
+        point, _ = Sync(self.alpha)(fast, slow)
+        return where(moved, point, fast), where(moved, point, slow), last_update
 
     def _sync_slots_if(self, is_sync: Any) -> None:
         if self._slot_pairs or self._reset_slots:

@@ -43,7 +43,7 @@ class Table:
     def variables(self) -> list[keras.Variable]:
         """The table and what has an entry for each of its rows."""
         slow = [copy.variable for copy in self.moved.slow_copies]
-        return [self.variable, self.moved.last_update, *slow, *self.slots.values()]
+        return [self.variable, self.moved.last_update, *self.slots.values(), *slow]
 
     @property
     def every_row(self) -> bool:
@@ -72,13 +72,14 @@ def step(
     caught_up = engine.replica(table.caught_up, replica)
 
     def step_on(gradient: Any, stored: Sequence) -> None:
-        rows = _SampledRows(table, stored, gradient, decays)
+        count = 2 + len(table.slots)
+        rows = _SampledRows(table, stored[:count], gradient, decays)
         if rows.is_empty:
             return  # Keras on TensorFlow cannot add where there are no rows
         if decays and table.log_rates:
             rows.catch_up(now, caught_up)
-        for copy, slow in zip(table.moved.slow_copies, rows.slow, strict=True):
-            copy.take_rows(slow, rows.weight.value, table.moved, rows.last_update.value)
+        for copy, slow in zip(table.moved.slow_copies, stored[count:], strict=True):
+            rows.copy_to(slow, table.moved.are_new(rows.last_update.value, copy))
         rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
         _keras.step_on_rows(
             optimizer,
@@ -106,7 +107,6 @@ class _SampledRows:
     def __init__(
         self, table: Table, stored: Sequence, gradient: Any, decays: bool
     ) -> None:
-        variables = table.variables
         self._stored = stored
         self._log_rates = table.log_rates
         rows, values = _find_rows(gradient, stored, table.every_row)
@@ -119,16 +119,11 @@ class _SampledRows:
         def all_change(name: str) -> bool:
             return name not in table.slots_by_row or (decays and rows.indices is None)
 
-        count = 2 + len(table.moved.slow_copies)
-        self.weight, self.last_update, *self.slow = (
-            view(variable, value, may_all=False)
-            for variable, value in zip(variables[:count], values[:count], strict=True)
-        )
+        self.weight = view(table.variable, values[0], may_all=False)
+        self.last_update = view(table.moved.last_update, values[1], may_all=False)
         self.slots = {
             name: view(slot, value, may_all=all_change(name))
-            for (name, slot), value in zip(
-                table.slots.items(), values[count:], strict=True
-            )
+            for (name, slot), value in zip(table.slots.items(), values[2:], strict=True)
         }
 
     @property
@@ -144,9 +139,18 @@ class _SampledRows:
         if self._indices is None:
             engine.write_rows([caught_up], None, [now + ops.zeros_like(before)])
 
+    def copy_to(self, slow: Any, chosen: Any) -> None:
+        """Write the table's rows that are chosen into its slow copy."""
+        weight = self.weight.value
+        if self._indices is None:
+            weight = where(chosen, weight, engine.read_rows(slow, None))
+            engine.write_rows([slow], None, [weight])
+        else:
+            engine.write_chosen_rows(slow, self._indices, weight, chosen)
+
     def write(self) -> None:
         """Write the rows back."""
-        views = [self.weight, self.last_update, *self.slow, *self.slots.values()]
+        views = [self.weight, self.last_update, *self.slots.values()]
         values = [view.masked().value for view in views]
         engine.write_rows(self._stored, self._indices, values)
 

@@ -61,7 +61,7 @@ def test_a_sync_in_place(alpha, mode):
 @pytest.mark.parametrize("moved", [0, 3, 5000, 39_999])
 @pytest.mark.parametrize("rows", [7, 40_000, 40_009, 2**17])
 def test_a_sync_of_rows(rows, moved, mode):
-    """The rows that were updated lately, few or many, of small and large tables."""
+    """Fast weights that were updated lately, few or many, of small and large tables."""
     group = pair((rows, 2), 3)
     last_update = np.zeros(rows, "int32")
     chosen = np.random.default_rng(4).permutation(rows)[: min(moved, rows)]
@@ -73,9 +73,29 @@ def test_a_sync_of_rows(rows, moved, mode):
     )
     run(lambda: engine.sync_rows_if(predicate, group, 8, Sync(0.4)), group, mode)
     fast, slow = before
-    for value, old in zip(arrays(group[:2]), before, strict=True):
-        expected = old.copy()
-        expected[chosen] = (slow + 0.4 * (fast - slow))[chosen]
-        np.testing.assert_allclose(value, expected, rtol=2e-7, atol=2e-7)
-        idle = np.setdiff1d(np.arange(rows), chosen)
-        np.testing.assert_array_equal(value[idle], old[idle])
+    value, unchanged = arrays(group[:2])
+    np.testing.assert_array_equal(unchanged, slow)
+    expected = fast.copy()
+    expected[chosen] = (slow + 0.4 * (fast - slow))[chosen]
+    np.testing.assert_allclose(value, expected, rtol=2e-7, atol=2e-7)
+    idle = np.setdiff1d(np.arange(rows), chosen)
+    np.testing.assert_array_equal(value[idle], fast[idle])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_chosen_rows_are_written(count, mode):
+    variable = pair((50, 3), 5)[0]
+    (before,) = arrays([variable])
+    generator = np.random.default_rng(6)
+    indices = generator.permutation(50)[:8]
+    values = generator.normal(size=(8, 3)).astype("float32")
+    chosen = generator.permutation(8) < count
+
+    def write():
+        parts = [ops.convert_to_tensor(each) for each in (indices, values, chosen)]
+        engine.write_chosen_rows(engine.replica(variable, variable), *parts)
+
+    run(write, [variable], mode)
+    before[indices[chosen]] = values[chosen]
+    np.testing.assert_array_equal(arrays([variable])[0], before)

@@ -121,6 +121,17 @@ class Engine(Protocol):
     ) -> None:
         """Assign the same rows of some replicas; all, if `indices` is `None`."""
 
+    def write_chosen_rows(
+        self, variable: Any, indices: Any, value: Any, chosen: Any
+    ) -> None:
+        """Assign some rows of a replica.
+
+        Args:
+            indices: int tensor of shape `(n,)`, the rows.
+            value: tensor of shape `(n, ...)`.
+            chosen: bool tensor of shape `(n,)`, which of these rows are to be written.
+        """
+
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""
 
@@ -151,7 +162,9 @@ class Engine(Protocol):
     def sync_rows_if(
         self, predicate: Any, group: tuple[Any, Any, Any], since: Any, sync: Any
     ) -> None:
-        """`sync_if` in the rows that have moved.
+        """`sync_if` in the rows that have moved, for the fast weights alone.
+
+        The next cycle takes a row's slow weights anew when it moves the row.
 
         Args:
             group: fast weights, slow weights, the update that moved each row last.

@@ -172,6 +172,13 @@ def write_rows(
         variable.assign(value)
 
 
+def write_chosen_rows(
+    variable: keras.Variable, indices: jax.Array, value: jax.Array, chosen: jax.Array
+) -> None:
+    indices = jnp.where(chosen, indices, len(variable.value))
+    variable.assign(variable.value.at[indices].set(value, mode="drop"))
+
+
 def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
     sharding = variable.value.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -239,48 +246,29 @@ def sync_rows_if(
 ) -> None:
     fast, slow, last_update = (variable.value for variable in group)
 
-    def sync_all_if(
-        predicate: Any, fast: jax.Array, slow: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """One array after the other, for a loop that changes both copies them."""
+    def sync_all(fast: jax.Array) -> tuple[jax.Array]:
+        moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
+        return (jnp.where(moved, sync(fast, slow)[0], fast),)
 
-        def where_moved(new: jax.Array, old: jax.Array) -> tuple[jax.Array]:
-            moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
-            return (jnp.where(moved, new, old),)
-
-        (fast,) = _once_if(
-            predicate, lambda f: where_moved(sync(f, slow)[0], f), (fast,)
-        )
-        (slow,) = _once_if(predicate, lambda s: where_moved(fast, s), (slow,))
-        return fast, slow
-
-    def sync_few(
-        fast: jax.Array, slow: jax.Array, _: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def sync_few(fast: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         """None, and `True`, if many have moved."""
         total, moved_rows = _numbered(last_update > since)
         is_many = total > len(fast) // PART_OF_TABLE
 
         def sync_next(carry: tuple) -> tuple:
-            start, *pair = carry
+            start, fast = carry
             rows = moved_rows(start, ROWS_PER_ROUND)
-            points = sync(*(value.at[rows].get(mode="clip") for value in pair))
-            new = [
-                value.at[rows].set(point, mode="drop")
-                for value, point in zip(pair, points, strict=True)
-            ]
-            return start + ROWS_PER_ROUND, *new
+            point, _ = sync(*(v.at[rows].get(mode="clip") for v in (fast, slow)))
+            return start + ROWS_PER_ROUND, fast.at[rows].set(point, mode="drop")
 
-        start = (jnp.where(is_many, total, 0), fast, slow)
-        pair = jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)[1:]
-        return *pair, is_many
+        start = jnp.where(is_many, total, 0), fast
+        _, fast = jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)
+        return fast, is_many
 
     if len(fast) >= PART_OF_TABLE * ROWS_PER_ROUND:
-        of_few = fast, slow, jnp.zeros((), bool)
-        fast, slow, predicate = _once_if(predicate, sync_few, of_few)
-    pair = sync_all_if(predicate, fast, slow)
-    for variable, value in zip(group[:2], pair, strict=True):
-        variable.assign(value)
+        fast, predicate = _once_if(predicate, sync_few, (fast, jnp.zeros((), bool)))
+    (fast,) = _once_if(predicate, sync_all, (fast,))
+    group[0].assign(fast)
 
 
 def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:

@@ -137,6 +137,17 @@ def write_rows(
             variable.scatter_update(tf.IndexedSlices(value, indices))
 
 
+def write_chosen_rows(
+    variable: tf.Variable, indices: tf.Tensor, value: tf.Tensor, chosen: tf.Tensor
+) -> None:
+    if in_xla():  # which drops what lies past the table's end
+        past_end = tf.constant(variable.shape[0], indices.dtype)
+        indices = tf.where(chosen, indices, past_end)
+    else:
+        value, indices = tensorflow_rows.choose(chosen, value, indices)
+    write_rows([variable], indices, [value])
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -231,15 +242,14 @@ def sync_rows_if(
         moved = last_update > since
 
         def sync_rows(rows: tf.Tensor) -> None:
-            points = sync(read_rows(fast, rows), read_rows(slow, rows))
-            write_rows((fast, slow), rows, points)
+            point, _ = sync(read_rows(fast, rows), read_rows(slow, rows))
+            write_rows([fast], rows, [point])
 
         def sync_all() -> None:
-            old = read_rows(fast, None), read_rows(slow, None)
+            before = read_rows(fast, None)
+            point, _ = sync(before, read_rows(slow, None))
             is_moved = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
-            pairs = zip(sync(*old), old, strict=True)
-            points = [tf.where(is_moved, point, before) for point, before in pairs]
-            write_rows((fast, slow), None, points)
+            write_rows([fast], None, [tf.where(is_moved, point, before)])
 
         def sync_few() -> None:
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)

@@ -81,11 +81,16 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     tensors = (gradient, *others)
 
     def leave_out() -> tuple:
-        sampled = has_entries(gradient)
-        return tuple(tf.boolean_mask(tensor, sampled) for tensor in tensors)
+        return choose(has_entries(gradient), *tensors)
 
-    first = tf.reshape(gradient, [tf.shape(gradient)[0], -1])[:, 0]
+    first = gradient[(slice(None), *[0] * (gradient.shape.rank - 1))]
     return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
+
+
+def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:
+    """The rows of some tensors that are `True` in the vector `chosen`."""
+    rows = tf.where(chosen)[:, 0]
+    return tuple(tf.gather(tensor, rows) for tensor in tensors)
 
 
 def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:

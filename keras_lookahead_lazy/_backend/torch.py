@@ -136,6 +136,21 @@ def write_rows(
             variable.value.index_copy_(0, indices, value)
 
 
+def write_chosen_rows(
+    variable: keras.Variable,
+    indices: torch.Tensor,
+    value: torch.Tensor,
+    chosen: torch.Tensor,
+) -> None:
+    if _is_on_host(chosen):
+        rows = chosen.nonzero()[:, 0]
+        indices, value = indices[rows], value.index_select(0, rows)
+    else:
+        column = chosen.reshape(-1, *[1] * (value.ndim - 1))
+        value = torch.where(column, value, read_rows(variable, indices))
+    write_rows([variable], indices, [value])
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -197,17 +212,16 @@ def sync_rows_if(
 ) -> None:
     if not predicate:
         return
-    *pair, last_update = group
+    fast, slow, last_update = group
     moved = last_update.value > since
     if _is_on_host(moved):
         for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
-            points = sync(*(read_rows(variable, rows) for variable in pair))
-            write_rows(pair, rows, points)
+            point, _ = sync(read_rows(fast, rows), read_rows(slow, rows))
+            write_rows([fast], rows, [point])
         return
-    old = [read_rows(variable, None) for variable in pair]
-    moved = moved.reshape(-1, *[1] * (old[0].ndim - 1))
-    points = zip(sync(*old), old, strict=True)
-    write_rows(pair, None, [torch.where(moved, *each) for each in points])
+    point, _ = sync(fast.value, slow.value)
+    moved = moved.reshape(-1, *[1] * (point.ndim - 1))
+    write_rows([fast], None, [torch.where(moved, point, fast.value)])
 
 
 # The rest
