@@ -294,12 +294,17 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
         block = jnp.cumsum(ended.add(1, mode="drop"))
         block = jnp.minimum(block, blocks - 1)
         number = numbers - (ends[block] - rank[block, -1])  # in the block
-        piece = jnp.zeros_like(number)
-        for bit in reversed(range(rank.shape[1].bit_length())):
-            further = piece + 2**bit
+
+        def go_on(bit: jax.Array, piece: jax.Array) -> jax.Array:
+            further = piece + (1 << (bits - 1 - bit))
             before = rank[block, jnp.minimum(further, rank.shape[1]) - 1]
             is_before = (further <= rank.shape[1]) & (before <= number)
-            piece = jnp.where(is_before, further, piece)
+            return jnp.where(is_before, further, piece)
+
+        # What a loop carries XLA computes once; written out, it would compute the
+        # beginning anew for all that comes of it.
+        bits = rank.shape[1].bit_length()
+        piece = jax.lax.fori_loop(0, bits, go_on, jnp.zeros_like(number))
         piece = jnp.minimum(piece, rank.shape[1] - 1)
         word = words[block, piece]
         number -= rank[block, piece] - _count_bits(word)  # in the piece
@@ -311,14 +316,18 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
 
 def _bit(word: jax.Array, number: jax.Array) -> jax.Array:
     """The place of a word's bit that is its `number`-th of those set, from 0."""
-    place = jnp.zeros_like(number)
-    for width in (16, 8, 4, 2, 1):
-        low = (word >> place.astype(word.dtype)) & jnp.uint32(2**width - 1)
+
+    def go_on(step: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array]:
+        place, number = carry
+        width = jnp.uint32(16) >> step.astype("uint32")
+        low = (word >> place) & ((jnp.uint32(1) << width) - 1)
         before = _count_bits(low)
         is_further = before <= number
         number = jnp.where(is_further, number - before, number)
-        place = jnp.where(is_further, place + width, place)
-    return place
+        return jnp.where(is_further, place + width, place), number
+
+    place, _ = jax.lax.fori_loop(0, 5, go_on, (jnp.zeros_like(word), number))
+    return place.astype("int32")
 
 
 def _count_bits(words: jax.Array) -> jax.Array:

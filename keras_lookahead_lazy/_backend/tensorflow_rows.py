@@ -120,15 +120,21 @@ def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
 
 def _bit(word: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
     """The place of a word's bit that is its `number`-th of those set, from 0."""
-    place = tf.zeros_like(number)
-    for width in (16, 8, 4, 2, 1):
-        shifted = tf.bitwise.right_shift(word, tf.cast(place, "uint32"))
-        low = tf.bitwise.bitwise_and(shifted, tf.constant(2**width - 1, "uint32"))
-        before = _count_bits(low)
+
+    def go_on(
+        width: tf.Tensor, place: tf.Tensor, number: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        ones = tf.bitwise.left_shift(tf.constant(1, "uint32"), width) - 1
+        shifted = tf.bitwise.right_shift(word, place)
+        before = _count_bits(tf.bitwise.bitwise_and(shifted, ones))
         is_further = before <= number
         number = tf.where(is_further, number - before, number)
-        place = tf.where(is_further, place + width, place)
-    return place
+        return width // 2, tf.where(is_further, place + width, place), number
+
+    width = tf.constant(16, "uint32")
+    start = width, tf.zeros_like(word), number
+    _, place, _ = tf.while_loop(lambda width, *_: width > 0, go_on, start)
+    return tf.cast(place, "int32")
 
 
 def _count_bits(words: tf.Tensor) -> tf.Tensor:
@@ -138,16 +144,19 @@ def _count_bits(words: tf.Tensor) -> tf.Tensor:
 def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
     """Positions of the first entries that are `wanted` or more, by bisection.
 
-    XLA's `tf.searchsorted` compares all with all.
+    XLA's `tf.searchsorted` compares all with all. And what a loop carries XLA computes
+    once; written out, it would compute the beginning anew for all that comes of it.
     """
     length = ascending.shape[0]
-    position = tf.zeros_like(wanted)
-    for bit in reversed(range(length.bit_length())):
-        further = position + 2**bit
+
+    def go_on(distance: tf.Tensor, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        further = position + distance
         before = tf.gather(ascending, tf.minimum(further, length) - 1)
         is_before = (further <= length) & (before < wanted)
-        position = tf.where(is_before, further, position)
-    return position
+        return distance // 2, tf.where(is_before, further, position)
+
+    start = tf.constant(2 ** (length.bit_length() - 1)), tf.zeros_like(wanted)
+    return tf.while_loop(lambda distance, _: distance > 0, go_on, start)[1]
 
 
 def run_if(predicate: tf.Tensor, function: Callable) -> None:
