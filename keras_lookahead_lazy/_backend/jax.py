@@ -68,14 +68,15 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     size = min(count, LOOK_UPS_PER_ROUND)
     rounds = math.ceil(count / size)
     length = size * rounds
+    parts = [
+        jnp.pad(whole, (0, length - count), constant_values=length).reshape(-1, size)
+        for whole in (order, position)
+    ]
 
     def add(number: Any, sums: jax.Array) -> jax.Array:
-        def part(whole: jax.Array) -> jax.Array:
-            padded = jnp.pad(whole, (0, length - count), constant_values=length)
-            return jax.lax.dynamic_slice_in_dim(padded, number * size, size)
-
-        more = values.at[part(order)].get(mode="clip")
-        return sums.at[part(position)].add(more, mode="drop", indices_are_sorted=True)
+        sources, targets = (part[number] for part in parts)
+        more = values.at[sources].get(mode="clip")
+        return sums.at[targets].add(more, mode="drop", indices_are_sorted=True)
 
     sums = jnp.zeros((length, *values.shape[1:]), values.dtype)
     sums = jax.lax.fori_loop(0, rounds, add, sums)
