@@ -37,10 +37,24 @@ def sum_duplicates(gradient: Any) -> Any:
         values = tf.where(is_first, tf.gather(sums, position), tf.zeros_like(sums))
     else:
         indices, position = tf.unique(gradient.indices)
-        values = tf.math.unsorted_segment_sum(
-            gradient.values, position, tf.size(indices)
-        )
+        values = _sums(gradient.values, position, tf.size(indices))
     return _Slices(values, indices, gradient.dense_shape)
+
+
+def _sums(values: tf.Tensor, position: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """The sum of the rows that have the same position, for each of them.
+
+    Few rows have another of the same position, and only those are added: what
+    `tf.math.unsorted_segment_sum` does takes twice as long in TensorFlow 2.21.
+    """
+    each = tf.range(tf.size(position))
+    first = tf.math.unsorted_segment_min(each, position, count)
+    others = tf.where(tf.gather(first, position) != each)[:, 0]
+    return tf.tensor_scatter_nd_add(
+        tf.gather(values, first),
+        tf.gather(position, others)[:, tf.newaxis],
+        tf.gather(values, others),
+    )
 
 
 def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
