@@ -255,7 +255,7 @@ def sync_rows_if(
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)
 
         if not in_xla():
-            sync_rows(tf.where(moved)[:, 0])
+            sync_rows(tensorflow_rows.positions(moved))
         elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
             sync_all()
         else:
