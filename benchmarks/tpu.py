@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Keras's own arrays live on the CPU; libtpu is asked for nothing but to compile.
+# Keras's own arrays live on the CPU; libtpu is asked for nothing but to compile, which
+# several processes may do.
 os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     JAX_PLATFORMS="cpu",
     KERAS_BACKEND="jax",
     TPU_SKIP_MDS_QUERY="1",
