@@ -139,9 +139,12 @@ def _big_step(over: Variant, under: Variant) -> Measure:
     return measure
 
 
+def _step_apart(over: Variant, under: Variant) -> Measure:
+    return lambda bench: bench.step_ratio_apart(over, under)
+
+
 def _step_memory(variant: Variant, small: Variant) -> Measure:
-    problem = variant.problem
-    size = 4 * problem.vocabulary * problem.width
+    size = 4 * (variant.problem.weights - small.problem.weights)
     return lambda bench: bench.step_memory(variant, small, size)
 
 
@@ -211,16 +214,16 @@ def _fit_goals(sizes: Sizes) -> Iterator[Goal]:
             f"fit-imported-{place}",
             f"fit: {in_use.optimizer} / not imported",
             TITLES[place],
-            _step(in_use, apart),
-            # Nothing, and the noise between two processes.
+            _step_apart(in_use, apart),
+            # Nothing, and the noise between processes.
             1.05,
         )
         yield Goal(
             f"fit-memory-{place}",
             f"fit: memory beyond weights and slots, Lazy decay, {sizes.table:.0e} rows "
-            f"less {sizes.small_table:.0e}, in tables",
+            f"less {sizes.medium_table:.0e}, in tables",
             TITLES[place],
-            _step_memory(lazy, fit("Lazy decay", sizes.small_table)),
+            _step_memory(lazy, fit("Lazy decay", sizes.medium_table)),
             0.05,
         )
         if place == "graph":

@@ -182,6 +182,21 @@ class Bench:
         """Step time of one variant over another's, of runs that alternate."""
         return _ratio(over, under, *self.step_times([over, under], cycle))
 
+    def step_ratio_apart(self, over: Variant, under: Variant) -> Figure:
+        """`step_ratio` in several pairs of fresh processes.
+
+        For what works in processes of its own: steps differ between processes by more
+        than within one.
+        """
+        rounds: list[list[float]] = [[], []]
+        for _ in range(max(self.effort.processes, 1)):
+            self.workers.close_all()
+            for values, times in zip(
+                rounds, self.step_times([over, under]), strict=True
+            ):
+                values.extend(times.samples)
+        return _ratio(over, under, *(figure(ms, "ms") for ms in rounds))
+
     def first_step_ratio(self, over: Variant, under: Variant) -> Figure:
         """Time of the first step, in which the step is compiled, likewise."""
         values: list[list[float]] = [[], []]
@@ -207,7 +222,7 @@ class Bench:
     def step_memory(self, variant: Variant, small: Variant, size: float) -> Figure:
         """What a step needs beyond weights and slots, over `size`.
 
-        Less what a step on a small table needs, which frameworks need for themselves.
+        Less what a step on a smaller table needs, which frameworks need for themselves.
         """
         check_memory(variant)
         processes = range(max(self.effort.processes, 1))
