@@ -112,8 +112,9 @@ def mark_idle(indices: torch.Tensor, gradient: torch.Tensor) -> Rows:
 
 
 def _has_entries(gradient: torch.Tensor) -> torch.Tensor:
-    """Which rows are not all zero, by a maximum: `any` takes ten times as long."""
-    return gradient.flatten(1).abs().amax(1) != 0
+    """Which rows are not all zero, without a tensor of their size beside them."""
+    rows = gradient.flatten(1)
+    return (rows.amax(1) != 0) | (rows.amin(1) != 0)
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:
