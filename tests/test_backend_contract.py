@@ -99,3 +99,15 @@ def test_chosen_rows_are_written(count, mode):
     run(write, [variable], mode)
     before[indices[chosen]] = values[chosen]
     np.testing.assert_array_equal(arrays([variable])[0], before)
+
+
+def test_a_row_with_any_entry_is_sampled():
+    """Rows of zeros of both signs are not; each other has zeros beside its entry."""
+    entries = [0.0, -0.0, 1e-30, -1e-30, np.nan, np.inf, -np.inf]
+    gradient = np.zeros((len(entries), 3), "float32")
+    gradient[:, 1] = entries
+    (table, _) = pair(gradient.shape, 7)
+    table = engine.replica(table, table)
+    rows, _ = engine.find_rows(ops.convert_to_tensor(gradient), [table], every_row=True)
+    sampled = ops.convert_to_numpy(rows.sampled)
+    np.testing.assert_array_equal(sampled, [False] * 2 + [True] * 5)
