@@ -97,7 +97,11 @@ class MovedRows:
         return self.updates() - updates_in_cycle
 
     def are_new(self, last_update: Any, copy: SlowCopy) -> Any:
-        """Whether a cycle has not moved rows yet, that were moved in `last_update`."""
+        """Which rows a copy's cycle has not moved yet.
+
+        Args:
+            last_update: the update that moved each of them last.
+        """
         return last_update <= self.since(copy.updates_in_cycle())
 
 
