@@ -255,7 +255,12 @@ def sync_rows_if(
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)
 
         if not in_xla():
-            sync_rows(tensorflow_rows.positions(moved))
+            halves = tensorflow_rows.positions(moved)
+            points = [
+                sync(read_rows(fast, rows), read_rows(slow, rows))[0] for rows in halves
+            ]
+            for rows, point in zip(halves, points, strict=True):
+                write_rows([fast], rows, [point])
         elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
             sync_all()
         else:

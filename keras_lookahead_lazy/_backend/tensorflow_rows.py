@@ -101,11 +101,11 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
 
 
-def positions(chosen: tf.Tensor) -> tf.Tensor:
-    """`tf.where` of a long vector, in both halves of it at the same time."""
+def positions(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """`tf.where` of both halves of a long vector, of which none waits for the other."""
     middle = chosen.shape[0] // 2
     first, second = tf.where(chosen[:middle])[:, 0], tf.where(chosen[middle:])[:, 0]
-    return tf.concat([first, second + middle], axis=0)
+    return first, second + middle
 
 
 def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:
