@@ -241,26 +241,25 @@ def sync_rows_if(
     ) -> None:
         moved = last_update > since
 
+        def points(rows: tf.Tensor | None) -> tf.Tensor:
+            return sync(read_rows(fast, rows), read_rows(slow, rows))[0]
+
         def sync_rows(rows: tf.Tensor) -> None:
-            point, _ = sync(read_rows(fast, rows), read_rows(slow, rows))
-            write_rows([fast], rows, [point])
+            write_rows([fast], rows, [points(rows)])
 
         def sync_all() -> None:
-            before = read_rows(fast, None)
-            point, _ = sync(before, read_rows(slow, None))
             is_moved = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
-            write_rows([fast], None, [tf.where(is_moved, point, before)])
+            new = tf.where(is_moved, points(None), read_rows(fast, None))
+            write_rows([fast], None, [new])
 
         def sync_few() -> None:
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)
 
         if not in_xla():
             halves = tensorflow_rows.positions(moved)
-            points = [
-                sync(read_rows(fast, rows), read_rows(slow, rows))[0] for rows in halves
-            ]
-            for rows, point in zip(halves, points, strict=True):
-                write_rows([fast], rows, [point])
+            new = [points(rows) for rows in halves]  # all before the first is written
+            for rows, value in zip(halves, new, strict=True):
+                write_rows([fast], rows, [value])
         elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
             sync_all()
         else:

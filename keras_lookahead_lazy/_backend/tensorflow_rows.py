@@ -44,8 +44,8 @@ def sum_duplicates(gradient: Any) -> Any:
 def _sums(values: tf.Tensor, position: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     """The sum of the rows that have the same position, for each of them.
 
-    Few rows have another of the same position, and only those are added: what
-    `tf.math.unsorted_segment_sum` does takes twice as long in TensorFlow 2.21.
+    Few rows have another of the same position, and only those are added:
+    `tf.math.unsorted_segment_sum`, which adds all, is slow in TensorFlow 2.21.
     """
     each = tf.range(tf.size(position))
     first = tf.math.unsorted_segment_min(each, position, count)
