@@ -1,26 +1,45 @@
-r"""What lags behind in a table, and which of its rows moved.
+r"""Slots that rows still have to decay, and which rows moved lately.
 
-Updates are numbered 1, 2, ... A step touches the rows that it sampled and no others,
-so the slots of the rest lag behind. Two numbers tell how far: `last_update` of a row,
-the update that moved it last, and `caught_up` of the table, the update in which all
-rows were made current. A row's slots are as after the later of the two; a slot that
-decays by the factor \(r\) in a step without gradient is made current, in update t, by
-\(r^{t - \max(last\_update, caught\_up)}\).
+A step touches the rows that it sampled and no others, so the slots of the other rows
+fall behind. Updates are numbered 1, 2, ..., for each table by itself, and two numbers
+tell how far a row is behind: its `last_update`, in which it moved last, and the table's
+`caught_up`, in which all rows were made current. In update t a slot that decays by the
+factor \(r\) in a step without gradient is first multiplied by
+\(r^{t - 1 - \max(last\_update, caught\_up)}\).
 
-The same `last_update` tells a Lookahead which rows its cycle has moved.
+Lookahead asks the same `last_update` which rows its cycle has moved.
+
+The numbers are int32 and wrap around, so only differences of them have a meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
 
-# Numbers of updates are int32. They go back by half as soon as they are so large.
-LARGEST = 2**30
+# A difference that has wrapped around stands for at least as many updates as this.
+LONGEST = 2**31 - 1
+
+
+def add(number: Any, more: Any) -> Any:
+    """The number of the update that comes so many after another."""
+    total = number + more
+    return (total + 2**31) % 2**32 - 2**31 if isinstance(total, int) else total
+
+
+def age(now: Any, number: Any) -> Any:
+    """How many updates `number` (int tensor) lies before the update `now`."""
+    steps = now - number
+    return ops.where(steps < 0, LONGEST, steps)
+
+
+def steps_missed(now: Any, last_update: Any, caught_up: Any) -> Any:
+    """How many steps the slots of each row are behind, after update `now`."""
+    return ops.minimum(age(now, last_update), age(now, caught_up))
 
 
 def decay(
@@ -33,7 +52,6 @@ def decay(
         log_rates: logarithm of the decay of each in a step.
         missed: int tensor with the number of steps of each row.
     """
-    missed = ops.maximum(missed, 0)
     for name, log_rate in log_rates.items():
         if log_rate and name in slots:
             slot = slots[name]
@@ -62,59 +80,24 @@ def _as_column(vector: Any, rank: int) -> Any:
     return ops.reshape(vector, (-1,) + (1,) * (rank - 1))
 
 
-def renumbered(*numbers: Any) -> tuple:
-    """Numbers of updates, after those have gone back by half of the largest."""
-    return tuple(ops.maximum(number - LARGEST // 2, 0) for number in numbers)
-
-
-@dataclass
+@dataclass(frozen=True)
 class MovedRows:
-    """Tells the Lookaheads around a table which of its rows they have to sync.
-
-    One syncs the rows that were updated in its cycle. Several move rows behind each
-    other's back, a row once updated in every sync from then on; so of several each
-    syncs all rows that have been updated at all.
+    """Which rows of a table moved lately.
 
     Attributes:
         last_update: int32 variable of shape `(vocabulary,)`.
-        updates: gives the number of updates so far.
-        slow_copies: those that the Lookaheads keep of the table.
+        now: gives the number of the table's last update.
     """
 
     last_update: keras.Variable
-    updates: Callable[[], Any]
-    slow_copies: list[SlowCopy] = field(default_factory=list)
+    now: Callable[[], Any]
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether several Lookaheads sync the table."""
-        return len(self.slow_copies) > 1
-
-    def since(self, updates_in_cycle: Any) -> Any:
-        """The number of the update after which rows to sync were updated."""
-        if self.is_shared:
-            return 0
-        return self.updates() - updates_in_cycle
-
-    def are_new(self, last_update: Any, copy: SlowCopy) -> Any:
-        """Which rows a copy's cycle has not moved yet.
-
-        Args:
-            last_update: the update that moved each of them last.
-        """
-        return last_update <= self.since(copy.updates_in_cycle())
+    def within(self, updates: int) -> Callable[[Any], Any]:
+        """Tells of `last_update` which rows moved in so many updates, up to now."""
+        now = self.now()
+        return lambda last_update: age(now, last_update) < updates
 
 
-@dataclass(frozen=True)
-class SlowCopy:
-    """The slow copy of a table, of which a row is taken when a cycle first moves it.
-
-    Until then it means nothing: the row has not left its slow weights.
-
-    Attributes:
-        variable: the slow weights, of the table's shape.
-        updates_in_cycle: gives the number of updates since the cycle began.
-    """
-
-    variable: keras.Variable
-    updates_in_cycle: Callable[[], Any]
+def have_moved(last_update: Any) -> Any:
+    """Which rows have moved at all."""
+    return last_update != 0

@@ -64,7 +64,7 @@ class Insight(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         if self._lazy is not None:
             engine.store_state(self.model)
-            self._updates_before = self._lazy.count_updates()
+            self._updates_before = self._lazy.update_counts()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is None:
@@ -75,7 +75,7 @@ class Insight(keras.callbacks.Callback):
             logs["updates_since_sync"] = int(self._lookahead.updates_in_cycle())
         if self._lazy is not None:
             in_epoch = self._lazy.sampled_shares(self._updates_before)
-            ever = self._lazy.sampled_shares(0)
+            ever = self._lazy.sampled_shares(dict.fromkeys(in_epoch, 0))
             logs.update({f"sampled/{name}": share for name, share in in_epoch.items()})
             logs.update({f"never_sampled/{n}": 1 - share for n, share in ever.items()})
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,7 +20,10 @@ import keras
 import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import (
+    get_stateless_scope,
+    in_stateless_scope,
+)
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
@@ -196,6 +199,17 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
         if "float" in slot.dtype:
             found[name] = slot
     return found
+
+
+def nested_scope(pairs: Iterable[tuple]) -> keras.StatelessScope:
+    """A scope in which some variables have other values; the rest keep theirs.
+
+    Keras's own scope would show the rest as they were before every scope.
+    """
+    scope = keras.StatelessScope(state_mapping=pairs)
+    if in_stateless_scope():
+        scope.state_mapping = get_stateless_scope().state_mapping | scope.state_mapping
+    return scope
 
 
 class UnstoredVariable(keras.Variable):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ from keras_lookahead_lazy._arguments import (
     check_weights,
 )
 from keras_lookahead_lazy._backend import engine
-from keras_lookahead_lazy._catch_up import MovedRows, SlowCopy
+from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._row_step import Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
@@ -88,14 +89,12 @@ class LazyOptimizer(OptimizerWrapper):
         sources = _tables.check_sources(embedding_layers)
         check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         self._moments = moments
-        self._remember(_sources=sources, _frozen=[], _tables={}, _row_gradients={})
+        self._remember(_sources=sources, _frozen=[], _tables={}, _taken={})
         self._steps_running = 0  # one for each replica within a step
 
-    @_keras.no_automatic_dependency_tracking
     def _remember(self, **attributes: Any) -> None:
-        """Set attributes without taking the variables in them for one's own."""
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        """Set attributes that neither Keras nor TensorFlow shall track and save."""
+        vars(self).update(attributes)
 
     @property
     def moments(self) -> str:
@@ -205,8 +204,9 @@ class LazyOptimizer(OptimizerWrapper):
             slots=_keras.slots(inner, variable),
             slots_by_row=slots_by_row,
             log_rates=log_rates or {},
-            moved=MovedRows(last_update, self._updates),
+            last_update=last_update,
             caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
+            left_out=self.add_variable(shape=(), dtype="int32", name="left_out"),
             reason=reason,
         )
 
@@ -214,46 +214,47 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """Let the inner optimizer update the weights, the tables by sampled rows."""
-        updates = self._updates()
-        self._renumber_if(updates == _catch_up.LARGEST)
-        updates = updates - updates // _catch_up.LARGEST * (_catch_up.LARGEST // 2)
+        weights = variables or _keras.weights(self)
+        given = {
+            _keras.key(self, weight)
+            for gradient, weight in zip(grads, weights, strict=True)
+            if gradient is not None
+        }
+        with self.rows_taken(grads, variables) as sums, self._step():
+            updated = self._apply_inner(sums, variables)
+        for key, table in self._tables.items():
+            if key not in given:  # that is not a step with a gradient of zeros
+                left_out = engine.read_count(table.left_out)
+                engine.write_count(table.left_out, _catch_up.add(left_out, updated))
+        updates = _catch_up.add(engine.read_count(self._counter), updated)
         engine.write_count(self._counter, updates)
-        pairs = list(zip(grads, variables or _keras.weights(self), strict=True))
-        left_out = self._tables_left_out(pairs)
-        for table in left_out:
-            self._catch_up_if(True, [table])
-        grads = [self._prepare(gradient, variable) for gradient, variable in pairs]
-        with self._step():
-            updated = self._apply_inner(grads, variables)
-        self._row_gradients.clear()
-        for table in left_out:  # a step without a gradient is none of zeros
-            table.caught_up.assign(ops.cast(updates + updated, "int32"))
-        engine.write_count(self._counter, updates + updated)
 
-    def _updates(self) -> Any:
-        """The number of updates so far."""
-        return engine.read_count(self._counter)
+    def _updates(self, table: Table) -> Any:
+        """The number of updates that a table has had so far."""
+        updates = engine.read_count(self._counter)
+        return _catch_up.add(updates, -engine.read_count(table.left_out))
 
-    def _renumber_if(self, predicate: Any) -> None:
-        groups = [(t.moved.last_update, t.caught_up) for t in self._tables.values()]
-        engine.update_if(predicate, groups, _catch_up.renumbered)
-
-    def _tables_left_out(self, pairs: list[tuple]) -> list[Table]:
-        """Tables that get no gradient in this step, whose slots might decay."""
-        given = {_keras.key(self, v) for g, v in pairs if g is not None}
-        return [
-            table
-            for key, table in self._tables.items()
-            if key not in given and any(table.log_rates.values())
-        ]
-
-    def _prepare(self, gradient: Any, variable: Any) -> Any:
-        """A table's gradient in the form in which Keras may compute with it.
+    @contextlib.contextmanager
+    def rows_taken(self, grads: list, variables: list | None) -> Iterator[list]:
+        """Gradients in the form in which Keras may compute with them, for one step.
 
         Where look-ups are all that the gradient of a table consists of, Keras gets
         their sums over duplicates, of shape `(look-ups, ...)`: clipping and scaling
-        do to them what they would do to the whole. The rows' ids wait here.
+        do to them what they would do to the whole. Which rows they belong to is kept
+        here until `update_step` asks.
+
+        A LossScaleOptimizer around this one takes rows before it looks at gradients.
         """
+        if self._taken:
+            yield grads
+            return
+        weights = variables or _keras.weights(self)
+        try:
+            yield [self._take(g, w) for g, w in zip(grads, weights, strict=True)]
+        finally:
+            self._taken.clear()
+
+    def _take(self, gradient: Any, variable: Any) -> Any:
         key = _keras.key(self, variable)
         if key not in self._tables or gradient is None:
             return gradient
@@ -263,7 +264,7 @@ class LazyOptimizer(OptimizerWrapper):
         ):
             found = engine.row_gradient(gradient, variable)
             if found is not None:
-                self._row_gradients[key] = found
+                self._taken[key] = found
                 return found.sums
         return (engine.sum_duplicates if computes else engine.whole)(gradient)
 
@@ -299,59 +300,64 @@ class LazyOptimizer(OptimizerWrapper):
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """The inner optimizer's step on a table, or on the replica of one."""
         key = _keras.key(self, variable)
-        if key in self._row_gradients:
-            gradient = self._row_gradients[key]._replace(sums=gradient)
+        if key in self._taken:
+            gradient = self._taken[key]._replace(sums=gradient)
         step(
             self._tables[key],
             variable,
             gradient,
             learning_rate,
             optimizer=_keras.innermost(self._inner),
-            now=self._updates() + 1,
+            updates=self._updates(self._tables[key]),
             decays=self._moments == "decay",
         )
 
-    # What lags behind
+    # Rows that are behind
 
     def catch_up(self) -> None:
         """Make the slots of every row current, which a step does for its rows only.
 
         Reading `variables` or `inner_optimizer` does it, too, on TensorFlow and torch.
-        Call it between two calls of `fit`, before the inner optimizer is used without
-        this one, and on JAX before slots are read. Training goes on the same with and
-        without it, but for rounding.
+        It works on the whole of each table. Call it between two calls of `fit`, before
+        the inner optimizer is used without this one, and on JAX before slots are read.
+        Training goes on the same with and without it, but for rounding.
         """
-        self.catch_up_if(True)
+        for table in self._tables.values():
+            updates = self._updates(table)
+            if engine.is_recording() or int(
+                ops.convert_to_numpy(table.caught_up)
+            ) != int(updates):
+                self._catch_up(table, updates)
 
-    def catch_up_if(self, predicate: Any) -> None:
-        """`catch_up()`, in a compiled step, if `predicate` (a scalar bool tensor)."""
-        self._catch_up_if(predicate, list(self._tables.values()))
+    def _catch_up(self, table: Table, updates: Any) -> None:
+        log_rates = table.log_rates if self._moments == "decay" else {}
+        slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
 
-    def _catch_up_if(self, predicate: Any, tables: list[Table]) -> None:
-        updates = ops.cast(self._updates(), "int32")
-        for table in tables:
-            log_rates = table.log_rates if self._moments == "decay" else {}
-            slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
+        def catch_up(caught_up: Any, last_update: Any, *values: Any) -> tuple:
+            missed = _catch_up.steps_missed(updates, last_update, caught_up)
+            views = {
+                name: _keras.UnstoredVariable(value, slots[name])
+                for name, value in zip(slots, values, strict=True)
+            }
+            _catch_up.decay(views, log_rates, missed)
+            # A row that has been idle for very long shall not seem to be young again.
+            oldest = _catch_up.add(updates, -_catch_up.LONGEST)
+            is_old = missed_by(last_update) == _catch_up.LONGEST
+            last_update = ops.where(is_old, oldest, last_update)
+            now = updates + ops.zeros_like(caught_up)
+            return now, last_update, *(view.value for view in views.values())
 
-            def catch_up(
-                caught_up: Any,
-                last_update: Any,
-                *values: Any,
-                slots: dict = slots,
-                log_rates: Mapping = log_rates,
-            ) -> tuple:
-                now = updates + ops.zeros_like(caught_up)
-                views = {
-                    name: _keras.UnstoredVariable(value, slots[name])
-                    for name, value in zip(slots, values, strict=True)
-                }
-                missed = now - ops.maximum(last_update, caught_up)
-                _catch_up.decay(views, log_rates, missed)
-                return now, last_update, *(view.value for view in views.values())
+        def missed_by(last_update: Any) -> Any:
+            return _catch_up.age(updates, last_update)
 
-            group = (table.caught_up, table.moved.last_update, *slots.values())
-            is_behind = ops.less(table.caught_up.value, updates)
-            engine.update_if(ops.logical_and(predicate, is_behind), [group], catch_up)
+        engine.update((table.caught_up, table.last_update, *slots.values()), catch_up)
+
+    def variables_behind(self) -> list[keras.Variable]:
+        return [
+            variable
+            for table in self._tables.values()
+            for variable in (table.caught_up, table.last_update, *table.slots.values())
+        ]
 
     def _make_slots_current(self) -> None:
         # Not on JAX, where `fit` keeps slots elsewhere. And a file holds them as they
@@ -367,36 +373,28 @@ class LazyOptimizer(OptimizerWrapper):
 
     # Which rows moved
 
-    def count_updates(self) -> int:
-        """The number of updates so far, outside of a step."""
-        return int(ops.convert_to_numpy(self._counter))
+    def update_counts(self) -> dict[str, int]:
+        """How many updates each table has had so far, outside of a step."""
+        counts = [int(self._updates(table)) for table in self._tables.values()]
+        return dict(zip(self._table_names(), counts, strict=True))
 
-    def sampled_shares(self, since: int) -> dict[str, float]:
+    def sampled_shares(self, since: dict[str, int]) -> dict[str, float]:
         """The share of each table's rows that was sampled after update `since`."""
-        counts = [
-            ops.count_nonzero(table.moved.last_update.value > since)
-            for table in self._tables.values()
-        ]
-        rows = [table.variable.shape[0] for table in self._tables.values()]
-        shares = [int(n) / size for n, size in zip(counts, rows, strict=True)]
-        return dict(zip(self._table_names(), shares, strict=True))
+        shares = {}
+        for name, table in zip(self._table_names(), self._tables.values(), strict=True):
+            updates = self._updates(table)
+            steps = _catch_up.add(int(updates), -since[name])
+            ages = _catch_up.age(updates, table.last_update.value)
+            shares[name] = int(ops.count_nonzero(ages < steps)) / len(ages)
+        return shares
 
-    def keep_slow_rows(
-        self, pairs: Sequence[tuple], updates_in_cycle: Callable[[], Any]
-    ) -> dict[Any, MovedRows]:
+    def moved_rows(self) -> dict[Any, MovedRows]:
         if self.ema_overwrite_frequency:  # that moves every row
             return {}
-        copies = {_keras.key(self, weight): slow for weight, slow in pairs}
-        found = {k: table.moved for k, table in self._tables.items() if k in copies}
-        for key, moved in found.items():
-            moved.slow_copies.append(SlowCopy(copies[key], updates_in_cycle))
-        return found
-
-    def begin_cycle(self) -> None:
-        for moved in [table.moved for table in self._tables.values()]:
-            if moved.is_shared:
-                self.catch_up()
-                moved.last_update.assign(ops.zeros_like(moved.last_update.value))
+        return {
+            key: MovedRows(table.last_update, functools.partial(self._updates, table))
+            for key, table in self._tables.items()
+        }
 
     def _own_settings(self) -> dict[str, Any]:
         tables = [table.variable for table in self._tables.values()]

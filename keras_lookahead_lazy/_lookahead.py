@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _arguments, _keras
 from keras_lookahead_lazy._backend import engine
-from keras_lookahead_lazy._catch_up import MovedRows, where
+from keras_lookahead_lazy._catch_up import have_moved
+from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
@@ -22,13 +23,12 @@ INNER_STATES = ("maintain", "interpolate", "reset")
 
 @dataclass(frozen=True)
 class Sync:
-    """Where fast and slow weights meet after k updates, for both."""
+    """Where fast and slow weights meet after k updates."""
 
     alpha: float
 
-    def __call__(self, fast: Any, slow: Any) -> tuple[Any, Any]:
-        point = slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
-        return point, point
+    def __call__(self, fast: Any, slow: Any) -> Any:
+        return slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -130,7 +130,6 @@ class Lookahead(OptimizerWrapper):
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
-        self._moved_rows = self.keep_slow_rows(self._pairs, self.updates_in_cycle)
         self._slot_pairs, self._reset_slots = [], []
         self._initial_values = initial_values
         if self.inner_state == "interpolate":
@@ -150,110 +149,73 @@ class Lookahead(OptimizerWrapper):
         """Let the inner optimizer update the weights; after every k-th, sync."""
         self._end_interrupted_evaluation(is_training=True)
         updates = engine.read_count(self._counter)
-        self._back_up_if(updates == 0)
+        state = self._synced_variables()
+        is_first = engine.once_known(grads, updates == 0)
+        engine.run_if(is_first, functools.partial(self._back_up, is_first), state)
         updated = self._apply_inner(grads, variables)
-        # Of whole cycles the last is counted only, so that no counter overflows: from
-        # the first update on the count is 1, ..., k, 1, ...
+        # The counter goes 1, ..., k, 1, ..., so that it cannot overflow.
         updates = updates + updated - updates // self.k * self.k * updated
         is_sync = (updated == 1) & (updates % self.k == 0)
-        self._sync_if(is_sync, variables or _keras.weights(self))
-        self._sync_slots_if(is_sync)
+        given = {_keras.key(self, v) for v in variables or _keras.weights(self)}
+        engine.run_if(is_sync, functools.partial(self._sync, is_sync, given), state)
         engine.write_count(self._counter, updates)
 
-    def _back_up_if(self, is_first: Any) -> None:
-        """phi := theta, but for rows that are copied when a cycle first moves them.
+    def _synced_variables(self) -> list[keras.Variable]:
+        """What a back-up or a sync may write."""
+        synced = [v for pair in self._pairs + self._slot_pairs for v in pair]
+        if self.inner_state == "maintain":
+            return synced
+        return synced + self._reset_slots + self.variables_behind()
 
-        Of several Lookaheads, one may come when others' cycles have moved rows.
-        """
-        moved = [self._moved(fast) for fast, _ in self._pairs]
-        pairs = [
-            pair
-            for pair, rows in zip(self._pairs, moved, strict=True)
-            if rows is None or rows.is_shared
-        ]
+    def _back_up(self, is_first: Any) -> None:
+        """phi := theta."""
         if self._slot_pairs:
-            self.catch_up_if(is_first)
-        engine.back_up_if(is_first, pairs + self._slot_pairs)
+            self.catch_up()
+        engine.back_up(self._pairs + self._slot_pairs, is_first)
 
-    def _sync_if(self, is_sync: Any, given: list) -> None:
+    def _sync(self, is_sync: Any, given: set) -> None:
         """phi := phi + alpha (theta - phi), theta := phi.
 
         The slow copy of a weight that was left out, such as a frozen one, follows it.
+        A row of a lazy table that did not move has equal fast and slow weights. (Of
+        Lookaheads in each other, each moves rows that are behind those of the others:
+        there it may be any row that ever moved.)
         """
-        sync, keys = Sync(self.alpha), {_keras.key(self, v) for v in given}
-        present: list[tuple] = []
+        sync, moved = Sync(self.alpha), self.moved_rows()
+        is_nested = self._is_nested()
+        dense: list[tuple] = []
         left_out: list[tuple] = []
-        shared: list[tuple] = []
         for fast, slow in self._pairs:
-            moved = self._moved(fast)
-            if _keras.key(self, fast) not in keys:
+            key = _keras.key(self, fast)
+            if key not in given:
                 left_out.append((fast, slow))
-            elif moved is None:
-                present.append((fast, slow))
-            elif moved.is_shared:
-                shared.append((fast, slow, moved.last_update))
+            elif key not in moved:
+                dense.append((fast, slow))
             else:
-                rows = fast, slow, moved.last_update
-                engine.sync_rows_if(is_sync, rows, moved.since(self.k), sync)
-        engine.sync_if(is_sync, present, sync)
-        engine.back_up_if(is_sync, left_out)
-        engine.update_if(is_sync, shared, self._sync_moved)
-
-    def _sync_moved(self, fast: Any, slow: Any, last_update: Any) -> tuple:
-        """Of a table that other Lookaheads sync, too: all rows that ever moved."""
-        moved = last_update > 0
-        point, _ = Sync(self.alpha)(fast, slow)
-        return where(moved, point, fast), where(moved, point, slow), last_update
-
-    def _sync_slots_if(self, is_sync: Any) -> None:
-        if self._slot_pairs or self._reset_slots:
-            self.catch_up_if(is_sync)
-        engine.sync_if(is_sync, self._slot_pairs, Sync(self.alpha))
-        if self._reset_slots:
-            engine.update_if(is_sync, [tuple(self._reset_slots)], self._reset)
-
-    def _reset(self, *slots: Any) -> tuple:
-        pairs = zip(slots, self._initial_values, strict=True)
-        return tuple(ops.full_like(slot, value) for slot, value in pairs)
+                is_moved = have_moved if is_nested else moved[key].within(self.k)
+                engine.sync_rows((fast, slow, moved[key].last_update), is_moved, sync)
+        engine.back_up(left_out, is_sync)
+        if self.inner_state != "maintain":
+            self.catch_up()
+        engine.sync(dense + self._slot_pairs, sync)
+        for slot, value in zip(self._reset_slots, self._initial_values, strict=True):
+            engine.update((slot,), functools.partial(_filled, value))
 
     def updates_in_cycle(self) -> Any:
         """Number of updates since the last sync, or since the first update."""
         return engine.read_count(self._counter) % self.k
 
-    # Which rows of lazy tables move
-
-    def _moved(self, weight: Any) -> MovedRows | None:
-        """Tells which rows of a table moved; `None` for what moves as a whole."""
-        return self._moved_rows.get(_keras.key(self, weight))
-
-    def _rows_of_cycle(self, moved: MovedRows) -> Any:
-        """Which rows of a table have slow weights of their own now."""
-        return moved.last_update.value > moved.since(self.updates_in_cycle())
-
-    def _slow_value(self, fast: keras.Variable, slow: keras.Variable) -> Any:
-        """The slow weights; of a row that has not moved since, the weights."""
-        moved = self._moved(fast)
-        if moved is None:
-            return ops.convert_to_tensor(slow)
-        return where(self._rows_of_cycle(moved), slow.value, fast.value)
+    def _is_nested(self) -> bool:
+        """Whether there is a Lookahead around this one, or inside."""
+        others = [*self.wrappers_around(), *chain(self._inner)]
+        return any(isinstance(other, Lookahead) for other in others)
 
     def distance(self) -> float:
         """The L2 norm of fast minus slow weights, over all of them."""
         if int(ops.convert_to_numpy(self._counter)) == 0:
             return 0.0
-        squares = []
-        for fast, slow in self._pairs:
-            difference = ops.stop_gradient(self._difference(fast, slow))
-            squares.append(ops.sum(ops.square(ops.cast(difference, "float32"))))
-        return math.sqrt(sum(float(ops.convert_to_numpy(each)) for each in squares))
-
-    def _difference(self, fast: keras.Variable, slow: keras.Variable) -> Any:
-        """Fast minus slow weights; of a lazy table, in the rows where it is not 0."""
-        moved = self._moved(fast)
-        if moved is None:
-            return fast - slow
-        rows = np.flatnonzero(ops.convert_to_numpy(self._rows_of_cycle(moved)))
-        return ops.take(fast, rows, axis=0) - ops.take(slow, rows, axis=0)
+        squares = [_squared_distance(fast, slow) for fast, slow in self._pairs]
+        return math.sqrt(sum(squares))
 
     def begin_cycle(self) -> None:
         """Take the next update for the first, here and inside."""
@@ -337,7 +299,7 @@ class Lookahead(OptimizerWrapper):
             return
         for fast, slow in self._pairs:
             # Never one buffer for both: JAX donates it.
-            fast.assign(ops.copy(self._slow_value(fast, slow)))
+            fast.assign(ops.copy(slow))
 
     def _end_interrupted_evaluation(self, is_training: bool = False) -> None:
         if self._slow_weights_in is not None:
@@ -358,6 +320,20 @@ class Lookahead(OptimizerWrapper):
 
     def _own_settings(self) -> dict[str, Any]:
         return {"k": self.k, "alpha": self.alpha, "inner_state": self.inner_state}
+
+
+def _filled(value: float, slot: Any) -> tuple:
+    return (ops.full_like(slot, value),)
+
+
+def _squared_distance(fast: keras.Variable, slow: keras.Variable) -> float:
+    """The sum of squared differences, a part of the rows at a time."""
+    size, total = max(1, 2**24 // math.prod(fast.shape[1:])), 0.0
+    for start in range(0, fast.shape[0] if fast.shape else 1, size):
+        part = slice(start, start + size) if fast.shape else ...
+        difference = ops.cast(fast[part] - slow[part], "float32")
+        total += float(ops.sum(ops.square(ops.stop_gradient(difference))))
+    return total
 
 
 def _is_set_by_its_layer(variable: Any) -> bool:

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _keras
 from keras_lookahead_lazy._backend import RowGradient, Rows, engine
-from keras_lookahead_lazy._catch_up import MovedRows, where
+from keras_lookahead_lazy._catch_up import where
 
 
 @dataclass
@@ -24,8 +24,10 @@ class Table:
         slots_by_row: the names of those that have an entry for each row.
         log_rates: logarithm of each slot's decay in a step without gradient; empty
             where that is not known, so that each step has to work on every row.
-        moved: the update that moved each row last, see `_catch_up`.
+        last_update: int32 variable of shape `(vocabulary,)`, see `_catch_up`.
         caught_up: int32 scalar variable, likewise.
+        left_out: int32 scalar variable, the number of updates without a gradient for
+            this table, which are no updates of it.
         reason: why each step has to work on every row, or `None`.
         constraint: the table's, which has none while a step runs.
     """
@@ -34,16 +36,16 @@ class Table:
     slots: dict[str, keras.Variable]
     slots_by_row: set[str]
     log_rates: Mapping[str, float]
-    moved: MovedRows
+    last_update: keras.Variable
     caught_up: keras.Variable
+    left_out: keras.Variable
     reason: str | None
     constraint: Any = None
 
     @property
     def variables(self) -> list[keras.Variable]:
         """The table and what has an entry for each of its rows."""
-        slow = [copy.variable for copy in self.moved.slow_copies]
-        return [self.variable, self.moved.last_update, *self.slots.values(), *slow]
+        return [self.variable, self.last_update, *self.slots.values()]
 
     @property
     def every_row(self) -> bool:
@@ -57,7 +59,7 @@ def step(
     gradient: Any,
     learning_rate: Any,
     optimizer: keras.Optimizer,
-    now: Any,
+    updates: Any,
     decays: bool,
 ) -> None:
     """The inner optimizer's own step, on the sampled rows of a table.
@@ -66,20 +68,18 @@ def step(
         replica: the table, or the replica of it that is being updated.
         gradient: of the table; dense, sparse or a `RowGradient`.
         optimizer: the inner optimizer.
-        now: the number of this update.
+        updates: the number of the table's updates before this one.
         decays: whether slots of rows that were not sampled decay, or stay.
     """
     caught_up = engine.replica(table.caught_up, replica)
+    now = _catch_up.add(updates, 1)
 
     def step_on(gradient: Any, stored: Sequence) -> None:
-        count = 2 + len(table.slots)
-        rows = _SampledRows(table, stored[:count], gradient, decays)
+        rows = _SampledRows(table, stored, gradient, decays)
         if rows.is_empty:
             return  # Keras on TensorFlow cannot add where there are no rows
         if decays and table.log_rates:
-            rows.catch_up(now, caught_up)
-        for copy, slow in zip(table.moved.slow_copies, stored[count:], strict=True):
-            rows.copy_to(slow, table.moved.are_new(rows.last_update.value, copy))
+            rows.catch_up(updates, caught_up)
         rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
         _keras.step_on_rows(
             optimizer,
@@ -120,7 +120,7 @@ class _SampledRows:
             return name not in table.slots_by_row or (decays and rows.indices is None)
 
         self.weight = view(table.variable, values[0], may_all=False)
-        self.last_update = view(table.moved.last_update, values[1], may_all=False)
+        self.last_update = view(table.last_update, values[1], may_all=False)
         self.slots = {
             name: view(slot, value, may_all=all_change(name))
             for (name, slot), value in zip(table.slots.items(), values[2:], strict=True)
@@ -131,22 +131,14 @@ class _SampledRows:
         """Whether there are no rows, where that is known before the step runs."""
         return self._indices is not None and self._indices.shape[0] == 0
 
-    def catch_up(self, now: Any, caught_up: Any) -> None:
-        """Let slots decay by the steps before update `now` that their rows missed."""
+    def catch_up(self, updates: Any, caught_up: Any) -> None:
+        """Let slots decay by the steps that their rows missed in so many updates."""
         before = engine.read_rows(caught_up, None)
-        current = ops.maximum(self.last_update.value, before)
-        _catch_up.decay(self.slots, self._log_rates, now - 1 - current)
+        missed = _catch_up.steps_missed(updates, self.last_update.value, before)
+        _catch_up.decay(self.slots, self._log_rates, missed)
         if self._indices is None:
+            now = _catch_up.add(updates, 1)
             engine.write_rows([caught_up], None, [now + ops.zeros_like(before)])
-
-    def copy_to(self, slow: Any, chosen: Any) -> None:
-        """Write the table's rows that are chosen into its slow copy."""
-        weight = self.weight.value
-        if self._indices is None:
-            weight = where(chosen, weight, engine.read_rows(slow, None))
-            engine.write_rows([slow], None, [weight])
-        else:
-            engine.write_chosen_rows(slow, self._indices, weight, chosen)
 
     def write(self) -> None:
         """Write the rows back."""

@@ -54,6 +54,8 @@ class OptimizerWrapper(keras.Optimizer):
         # A callable, so that the base class makes no learning rate of its own.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
+        if (inside := self._wrapper_inside()) is not None:
+            inside.__dict__["_around"] = weakref.ref(self)
 
     @property
     def inner_optimizer(self) -> keras.Optimizer:
@@ -78,6 +80,8 @@ class OptimizerWrapper(keras.Optimizer):
     _is_told: bool = False
     # The model that was compiled with this optimizer last, if it is still there.
     _model: Callable[[], keras.Model | None] = staticmethod(lambda: None)
+    # The wrapper that this one was put into last, if it is still there.
+    _around: Callable[[], OptimizerWrapper | None] = staticmethod(lambda: None)
 
     weight_decay = _setting("weight_decay")
     clipnorm = _setting("clipnorm")
@@ -210,40 +214,37 @@ class OptimizerWrapper(keras.Optimizer):
         # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
         return (engine.read_count(optimizer.iterations) - before) % 2
 
-    # What a wrapper says of rows and slots to the one around it. This one leaves it to
-    # the next wrapper inside.
+    # What a wrapper tells the one around it of rows and slots. This one asks the next
+    # wrapper inside.
 
-    @property
     def _wrapper_inside(self) -> OptimizerWrapper | None:
         inside = chain(self._inner)
         return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
 
-    def keep_slow_rows(
-        self, pairs: Sequence[tuple], updates_in_cycle: Callable[[], Any]
-    ) -> dict[Any, MovedRows]:
-        """Take the slow copy of a table's row when a cycle first moves the row.
+    def wrappers_around(self) -> list[OptimizerWrapper]:
+        """The wrappers that this one is inside of, the next one first."""
+        around = self._around()
+        return [] if around is None else [around, *around.wrappers_around()]
 
-        Args:
-            pairs: weights with their slow copies.
-            updates_in_cycle: gives the number of updates that the cycle has had.
+    def moved_rows(self) -> dict[Any, MovedRows]:
+        """Which rows of lazy tables moved lately, by the tables' keys."""
+        inside = self._wrapper_inside()
+        return {} if inside is None else inside.moved_rows()
 
-        Returns:
-            For each weight of which this is done, by its key, which rows moved.
-        """
-        inside = self._wrapper_inside
-        if inside is None:
-            return {}
-        return inside.keep_slow_rows(pairs, updates_in_cycle)
-
-    def catch_up_if(self, predicate: Any) -> None:
-        """Make slots that lag behind current, if `predicate`, in a compiled step."""
-        inside = self._wrapper_inside
+    def catch_up(self) -> None:
+        """Make the slots of every row current."""
+        inside = self._wrapper_inside()
         if inside is not None:
-            inside.catch_up_if(predicate)
+            inside.catch_up()
+
+    def variables_behind(self) -> list[keras.Variable]:
+        """What `catch_up` may write."""
+        inside = self._wrapper_inside()
+        return [] if inside is None else inside.variables_behind()
 
     def begin_cycle(self) -> None:
         """Take the next update for the first of a cycle."""
-        inside = self._wrapper_inside
+        inside = self._wrapper_inside()
         if inside is not None:
             inside.begin_cycle()
 
@@ -322,8 +323,12 @@ class OptimizerWrapper(keras.Optimizer):
     # to the wrapper is stored with it: its variables, by number, and its numbers.
 
     def __dir__(self) -> list[str]:
-        """All attributes but `_inner`, in which Keras would find `inner_optimizer`."""
-        return [name for name in super().__dir__() if name != "_inner"]
+        """Public names only: Keras loads every optimizer that it finds here.
+
+        It would find the inner one a second time under a private name.
+        """
+        names = super().__dir__()
+        return [n for n in names if n.startswith("__") or not n.startswith("_")]
 
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(super().variables):

@@ -1,5 +1,7 @@
 """What the backend computes its own way is what the package's formulas say."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -50,7 +52,8 @@ def test_a_sync_in_place(alpha, mode):
     variables = [variable for each in pairs for variable in each]
     is_sync = ops.equal(variables[0][0, 0], variables[0][0, 0])
     predicate = bool(is_sync) if keras.backend.backend() == "torch" else is_sync
-    run(lambda: engine.sync_if(predicate, pairs, Sync(alpha)), variables, mode)
+    sync = functools.partial(engine.sync, pairs, Sync(alpha))
+    run(lambda: engine.run_if(predicate, sync, variables), variables, mode)
     for each, (fast, slow) in zip(pairs, before, strict=True):
         point = slow + alpha * (fast - slow)
         for value in arrays(each):
@@ -71,34 +74,13 @@ def test_a_sync_of_rows(rows, moved, mode):
     predicate = (
         True if keras.backend.backend() == "torch" else ops.convert_to_tensor(True)
     )
-    run(lambda: engine.sync_rows_if(predicate, group, 8, Sync(0.4)), group, mode)
-    fast, slow = before
-    value, unchanged = arrays(group[:2])
-    np.testing.assert_array_equal(unchanged, slow)
-    expected = fast.copy()
-    expected[chosen] = (slow + 0.4 * (fast - slow))[chosen]
-    np.testing.assert_allclose(value, expected, rtol=2e-7, atol=2e-7)
+    sync = functools.partial(engine.sync_rows, group, lambda last: last > 8, Sync(0.4))
+    run(lambda: engine.run_if(predicate, sync, group[:2]), group, mode)
+    point = before[1] + 0.4 * (before[0] - before[1])
     idle = np.setdiff1d(np.arange(rows), chosen)
-    np.testing.assert_array_equal(value[idle], fast[idle])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("count", [0, 3, 8])
-def test_chosen_rows_are_written(count, mode):
-    variable = pair((50, 3), 5)[0]
-    (before,) = arrays([variable])
-    generator = np.random.default_rng(6)
-    indices = generator.permutation(50)[:8]
-    values = generator.normal(size=(8, 3)).astype("float32")
-    chosen = generator.permutation(8) < count
-
-    def write():
-        parts = [ops.convert_to_tensor(each) for each in (indices, values, chosen)]
-        engine.write_chosen_rows(engine.replica(variable, variable), *parts)
-
-    run(write, [variable], mode)
-    before[indices[chosen]] = values[chosen]
-    np.testing.assert_array_equal(arrays([variable])[0], before)
+    for value, old in zip(arrays(group[:2]), before, strict=True):
+        np.testing.assert_allclose(value[chosen], point[chosen], rtol=2e-7, atol=2e-7)
+        np.testing.assert_array_equal(value[idle], old[idle])
 
 
 def test_a_row_with_any_entry_is_sampled():

@@ -42,31 +42,36 @@ def slots_of(optimizer, index=0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_set_in_mid_cycle(mode):
-    """The sync pulls it in rows that have moved; in others it is simply the value."""
+@pytest.mark.parametrize("restarts", [False, True])
+def test_weights_set_in_mid_cycle(mode, restarts):
+    """The sync pulls rows that have moved, and others once they move; or `restart()`."""
     k, alpha = 4, 0.25
     weights = make_weights()
-    run = Run(Lookahead(LazyOptimizer(adam()), k, alpha), weights, mode, sparse=(0,))
+    lookahead = Lookahead(LazyOptimizer(adam()), k, alpha)
+    run = Run(lookahead, weights, mode, sparse=(0,))
     reference = Reference(weights, ADAM, lazy={"tables": [0]})
-    steps = make_gradients(2 * k, weights)
+    steps = make_gradients(3 * k, weights)
     slow, moved = [w.copy() for w in weights], np.zeros(len(weights[0]), bool)
-    new = make_weights(seed=9)
+    new, in_cycle = make_weights(seed=9), 0
     for i, step in enumerate(steps, 1):
         if i == 3:
             for variable, value in zip(run.variables, new, strict=True):
                 variable.assign(value)
             reference.weights = [w.astype("float64") for w in new]
-            slow[0] = np.where(moved[:, None], slow[0], new[0])
-        first = sampled_rows(step[0]) & ~moved
-        slow[0] = np.where(first[:, None], reference.weights[0], slow[0])
-        moved |= first
+            if restarts:
+                lookahead.restart()
+                slow, in_cycle = list(reference.weights), 0
+                moved[:] = False
+        moved |= sampled_rows(step[0])
         reference.apply(step)
-        if i % k == 0:
+        in_cycle += 1
+        if in_cycle == k:
             pairs = zip(slow, reference.weights, strict=True)
             points = [s + alpha * (w - s) for s, w in pairs]
-            points[0] = np.where(moved[:, None], points[0], reference.weights[0])
-            reference.weights, slow = points, list(points)
-            moved[:] = False
+            table = np.where(moved[:, None], points[0], reference.weights[0])
+            slow = [np.where(moved[:, None], points[0], slow[0]), *points[1:]]
+            reference.weights = [table, *points[1:]]
+            in_cycle, moved[:] = 0, False
         assert_agree(run.step(step), reference.weights, 5e-6)
 
 

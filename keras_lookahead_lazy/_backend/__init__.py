@@ -121,17 +121,6 @@ class Engine(Protocol):
     ) -> None:
         """Assign the same rows of some replicas; all, if `indices` is `None`."""
 
-    def write_chosen_rows(
-        self, variable: Any, indices: Any, value: Any, chosen: Any
-    ) -> None:
-        """Assign some rows of a replica.
-
-        Args:
-            indices: int tensor of shape `(n,)`, the rows.
-            value: tensor of shape `(n, ...)`.
-            chosen: bool tensor of shape `(n,)`, which of these rows are to be written.
-        """
-
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""
 
@@ -143,32 +132,51 @@ class Engine(Protocol):
     def write_count(self, variable: keras.Variable, count: Any) -> None:
         """Assign a counter."""
 
-    def update_if(
-        self, predicate: Any, groups: Sequence[tuple], function: Callable[..., tuple]
+    def once_known(self, gradients: Sequence[Any], predicate: Any) -> Any:
+        """The same predicate, which is known no earlier than the gradients.
+
+        What is written after it is then written after the forward pass has read it.
+        XLA would otherwise copy the weights, in every step.
+        """
+
+    def run_if(
+        self, predicate: Any, function: Callable[[], None], variables: Sequence[Any]
     ) -> None:
-        """Assign `function` of its values to each group, if `predicate`."""
+        """Call `function`, if `predicate`: one decision, taken on the device.
 
-    def back_up_if(self, predicate: Any, pairs: Sequence[tuple]) -> None:
-        """slow := fast for pairs `(fast, slow)`, if `predicate`."""
+        Args:
+            predicate: scalar bool.
+            variables: those that the function may assign.
+        """
 
-    def sync_if(self, predicate: Any, pairs: Sequence[tuple], sync: Any) -> None:
-        """Assign `sync(fast, slow)` to both of each pair, if `predicate`.
+    # What a decision may lead to
+
+    def update(self, group: tuple, function: Callable[..., tuple]) -> None:
+        """Assign `function` of their values to some variables."""
+
+    def back_up(self, pairs: Sequence[tuple], predicate: Any) -> None:
+        """slow := fast for pairs `(fast, slow)`.
+
+        Args:
+            predicate: that of the decision that led here.
+        """
+
+    def sync(self, pairs: Sequence[tuple], sync: Any) -> None:
+        """Assign `sync(fast, slow)` to both of each pair.
 
         Args:
             sync: a `keras_lookahead_lazy._lookahead.Sync`. A backend may compute the
                 same in place, from its `alpha`.
         """
 
-    def sync_rows_if(
-        self, predicate: Any, group: tuple[Any, Any, Any], since: Any, sync: Any
+    def sync_rows(
+        self, group: tuple[Any, Any, Any], is_moved: Callable[[Any], Any], sync: Any
     ) -> None:
-        """`sync_if` in the rows that have moved, for the fast weights alone.
-
-        The next cycle takes a row's slow weights anew when it moves the row.
+        """`sync` of one pair, in the rows that have moved.
 
         Args:
             group: fast weights, slow weights, the update that moved each row last.
-            since: int32 scalar, the update after which a row has to have moved.
+            is_moved: gives a bool vector for the last of these.
         """
 
     # The rest

@@ -173,13 +173,6 @@ def write_rows(
         variable.assign(value)
 
 
-def write_chosen_rows(
-    variable: keras.Variable, indices: jax.Array, value: jax.Array, chosen: jax.Array
-) -> None:
-    indices = jnp.where(chosen, indices, len(variable.value))
-    variable.assign(variable.value.at[indices].set(value, mode="drop"))
-
-
 def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
     sharding = variable.value.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -199,77 +192,101 @@ def write_count(variable: keras.Variable, count: jax.Array) -> None:
     variable.assign(count)
 
 
-def update_if(
-    predicate: Any, groups: Sequence[tuple], function: Callable[..., tuple]
+def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
+    if not isinstance(predicate, jax.core.Tracer):
+        return predicate
+    for gradient in gradients:
+        # The gradient of a table that is taken by rows is computed by nobody.
+        noted = [values for _, values in jax_gradient.look_ups(gradient)]
+        for part in noted or jax.tree.leaves(gradient):
+            first = part.ravel()[:1].astype("float32").sum()
+            # Always true, which XLA does not see.
+            predicate &= (first > 0) | (first <= 0) | (first != first)
+    return predicate
+
+
+def run_if(
+    predicate: Any, function: Callable[[], None], variables: Sequence[keras.Variable]
 ) -> None:
-    """Values go through the condition and are assigned behind it.
+    """A loop of at most one round, through which the variables' values go.
 
-    Assigning in a branch would leak its tracers.
+    XLA updates in place what a loop carries, but copies what a condition leaves alone.
     """
-    if not groups:
+    if not isinstance(predicate, jax.core.Tracer):
+        if predicate:
+            function()
         return
-    values = [tuple(variable.value for variable in group) for group in groups]
 
-    def update(*values: tuple) -> tuple:
-        return tuple(tuple(function(*group)) for group in values)
+    def run(*values: jax.Array) -> tuple:
+        with _keras.nested_scope(zip(variables, values, strict=True)) as scope:
+            function()
+        return tuple(scope.get_current_value(variable) for variable in variables)
 
-    if isinstance(predicate, jax.core.Tracer):
-        updated = _once_if(predicate, update, tuple(values))
-    elif predicate:  # not compiled: no loops, but no shared buffers either
-        updated = jax.tree.map(jnp.copy, update(*values))
-    else:
-        return
-    for group, new in zip(groups, updated, strict=True):
-        for variable, value in zip(group, new, strict=True):
-            variable.assign(value)
+    values = _once_if(predicate, run, tuple(variable.value for variable in variables))
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
-def back_up_if(predicate: Any, pairs: Sequence[tuple]) -> None:
+def update(group: tuple, function: Callable[..., tuple]) -> None:
+    values = function(*(variable.value for variable in group))
+    for variable, value in zip(group, values, strict=True):
+        variable.assign(value)
+
+
+def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
     """Both take one value that XLA cannot see to be `fast`.
 
     Were `fast` only read here, XLA would copy it in every step, to be safe from the
     update that overwrites it in place.
     """
-
-    def back_up(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
-        same = jnp.where(predicate, fast, slow)
-        return same, same
-
-    update_if(predicate, pairs, back_up)
+    for fast, slow in pairs:
+        _assign_both(fast, slow, jnp.where(predicate, fast.value, slow.value))
 
 
-# As it is written: XLA makes one pass of it.
-sync_if = update_if
+def sync(pairs: Sequence[tuple], sync: Callable) -> None:
+    for fast, slow in pairs:
+        _assign_both(fast, slow, sync(fast.value, slow.value))
 
 
-def sync_rows_if(
-    predicate: Any, group: tuple[Any, Any, Any], since: Any, sync: Callable
+def _assign_both(fast: keras.Variable, slow: keras.Variable, value: jax.Array) -> None:
+    """Never one buffer for both where nothing is compiled: JAX donates it."""
+    fast.assign(value)
+    slow.assign(value if isinstance(value, jax.core.Tracer) else jnp.copy(value))
+
+
+def sync_rows(
+    group: tuple[Any, Any, Any], is_moved: Callable[[jax.Array], jax.Array], sync: Any
 ) -> None:
-    fast, slow, last_update = (variable.value for variable in group)
+    fast, slow = group[0].value, group[1].value
+    moved = is_moved(group[2].value)
 
-    def sync_all(fast: jax.Array) -> tuple[jax.Array]:
-        moved = (last_update > since).reshape(-1, *[1] * (fast.ndim - 1))
-        return (jnp.where(moved, sync(fast, slow)[0], fast),)
+    def sync_all(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
+        column = moved.reshape(-1, *[1] * (fast.ndim - 1))
+        fast = jnp.where(column, sync(fast, slow), fast)
+        return fast, jnp.where(column, fast, slow)
 
-    def sync_few(fast: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """None, and `True`, if many have moved."""
-        total, moved_rows = _numbered(last_update > since)
+    if len(fast) < PART_OF_TABLE * ROWS_PER_ROUND:
+        fast, slow = sync_all(fast, slow)
+    else:
+        total, moved_rows = _numbered(moved)
         is_many = total > len(fast) // PART_OF_TABLE
 
         def sync_next(carry: tuple) -> tuple:
-            start, fast = carry
+            start, *pair = carry
             rows = moved_rows(start, ROWS_PER_ROUND)
-            point, _ = sync(*(v.at[rows].get(mode="clip") for v in (fast, slow)))
-            return start + ROWS_PER_ROUND, fast.at[rows].set(point, mode="drop")
+            point = sync(*(value.at[rows].get(mode="clip") for value in pair))
+            pair = [value.at[rows].set(point, mode="drop") for value in pair]
+            return start + ROWS_PER_ROUND, *pair
 
-        start = jnp.where(is_many, total, 0), fast
-        _, fast = jax.lax.while_loop(lambda carry: carry[0] < total, sync_next, start)
-        return fast, is_many
-
-    if len(fast) >= PART_OF_TABLE * ROWS_PER_ROUND:
-        fast, predicate = _once_if(predicate, sync_few, (fast, jnp.zeros((), bool)))
-    (fast,) = _once_if(predicate, sync_all, (fast,))
+        start = jnp.where(is_many, total, 0), fast, slow
+        _, fast, slow = jax.lax.while_loop(
+            lambda carry: carry[0] < total, sync_next, start
+        )
+        fast, slow = _once_if(is_many, sync_all, (fast, slow))
+    if not isinstance(slow, jax.core.Tracer):
+        slow = jnp.copy(slow)
     group[0].assign(fast)
+    group[1].assign(slow)
 
 
 def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
@@ -356,26 +373,8 @@ def apply(
     variables: list | None,
     written: list[keras.Variable],
 ) -> None:
-    """`optimizer.apply`, or by way of `stateless_apply`.
-
-    `LossScaleOptimizer.apply` assigns variables in a branch, which JAX forbids;
-    its `stateless_apply` does not.
-    """
     with _keras.variables_added(optimizer, written):
-        if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer.apply(grads, variables)
-            return
-        weights = _keras.weights(optimizer)
-        if variables is not None:
-            by_id = {id(v): g for v, g in zip(variables, grads, strict=True)}
-            grads = [by_id.get(id(v)) for v in weights]
-        state = optimizer.variables
-        new_weights, new_state = optimizer.stateless_apply(
-            [v.value for v in state], grads, [v.value for v in weights]
-        )
-        pairs = zip(weights + state, new_weights + new_state, strict=True)
-    for variable, value in pairs:
-        variable.assign(value)
+        optimizer.apply(grads, variables)
 
 
 def is_recording() -> bool:

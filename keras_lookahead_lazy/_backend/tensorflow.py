@@ -137,17 +137,6 @@ def write_rows(
             variable.scatter_update(tf.IndexedSlices(value, indices))
 
 
-def write_chosen_rows(
-    variable: tf.Variable, indices: tf.Tensor, value: tf.Tensor, chosen: tf.Tensor
-) -> None:
-    if in_xla():  # which drops what lies past the table's end
-        past_end = tf.constant(variable.shape[0], indices.dtype)
-        indices = tf.where(chosen, indices, past_end)
-    else:
-        value, indices = tensorflow_rows.choose(chosen, value, indices)
-    write_rows([variable], indices, [value])
-
-
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -163,52 +152,66 @@ def write_count(variable: keras.Variable, count: Any) -> None:
     variable.assign(count)
 
 
-def update_if(
-    predicate: Any, groups: Sequence[tuple], function: Callable[..., tuple]
-) -> None:
-    def update(*variables: tf.Variable) -> None:
-        values = [read_rows(variable, None) for variable in variables]
-        write_rows(variables, None, function(*values))
+def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
+    for gradient in gradients if in_xla() else ():
+        if gradient is None:
+            continue
+        part = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+        first = tf.reduce_sum(tf.cast(tf.reshape(part, [-1])[:1], "float32"))
+        # Always true, which XLA does not see.
+        predicate &= (first > 0) | (first <= 0) | (first != first)
+    return predicate
 
-    _update_groups_if(predicate, groups, update)
 
+def run_if(predicate: Any, function: Callable[[], None], variables: Sequence) -> None:
+    """The condition stands in cross-replica context, where variables are updated.
 
-def _update_groups_if(
-    predicate: Any, groups: Sequence[tuple], update: Callable
-) -> None:
-    """Call `update` with each group of variables, if `predicate`.
-
-    The condition stands in cross-replica context: a branch in replica context may
-    not merge replicas, which assigning an aggregated variable does.
+    A branch in replica context may not merge replicas, which assigning an aggregated
+    variable does.
     """
-
-    def across_replicas(strategy: tf.distribute.Strategy) -> None:
-        def update_replica(first: tf.Variable, *others: tf.Variable) -> None:
-            update(first, *(replica(other, first) for other in others))
-
-        def update_all() -> None:
-            for group in groups:
-                first, *others = map(_native, group)
-                strategy.extended.update(
-                    first, update_replica, args=others, group=False
-                )
-
-        tensorflow_rows.run_if(predicate, update_all)
-
-    if not groups:
+    if not variables:
         return
     if tf.distribute.has_strategy():
         tf.__internal__.distribute.interim.maybe_merge_call(
-            across_replicas, tf.distribute.get_strategy()
+            lambda _: tensorflow_rows.run_if(predicate, function),
+            tf.distribute.get_strategy(),
         )
     else:  # outside the scope of the variables' strategy, if they have one
-        strategy = _strategy(_native(groups[0][0]))
-        with strategy.scope():
-            across_replicas(strategy)
+        with _scope(variables[0]):
+            tensorflow_rows.run_if(predicate, function)
 
 
-def back_up_if(predicate: Any, pairs: Sequence[tuple]) -> None:
-    def back_up(fast: tf.Variable, slow: tf.Variable) -> None:
+def _scope(variable: Any) -> contextlib.AbstractContextManager:
+    strategy = getattr(_native(variable), "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def update(group: tuple, function: Callable[..., tuple]) -> None:
+    def update_replica(*variables: tf.Variable) -> None:
+        values = function(*(read_rows(variable, None) for variable in variables))
+        write_rows(variables, None, values)
+
+    _update_replicas([group], update_replica)
+
+
+def _update_replicas(groups: Sequence[tuple], update: Callable) -> None:
+    """Call `update` with each group of variables, once for each replica of them."""
+
+    def update_replica(first: tf.Variable, *others: tf.Variable) -> None:
+        update(first, *(replica(other, first) for other in others))
+
+    for group in groups:
+        first, *others = map(_native, group)
+        with (
+            contextlib.nullcontext() if tf.distribute.has_strategy() else _scope(first)
+        ):
+            _strategy(first).extended.update(
+                first, update_replica, args=others, group=False
+            )
+
+
+def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
+    def back_up_replica(fast: tf.Variable, slow: tf.Variable) -> None:
         value = fast.read_value()
         if in_xla():
             # Both take one value that XLA cannot see to be `fast`. Were `fast` only
@@ -217,49 +220,51 @@ def back_up_if(predicate: Any, pairs: Sequence[tuple]) -> None:
             fast.assign(value, read_value=False)
         slow.assign(value, read_value=False)
 
-    _update_groups_if(predicate, pairs, back_up)
+    _update_replicas(pairs, back_up_replica)
 
 
-def sync_if(predicate: Any, pairs: Sequence[tuple], sync: Any) -> None:
+def sync(pairs: Sequence[tuple], sync: Any) -> None:
     """In place: no temporaries, and fewer passes over the weights."""
 
-    def sync_in_place(fast: tf.Variable, slow: tf.Variable) -> None:
+    def sync_replica(fast: tf.Variable, slow: tf.Variable) -> None:
         fast.assign_sub(slow, read_value=False)
         tf.raw_ops.ResourceApplyGradientDescent(
             var=slow.handle, alpha=tf.cast(-sync.alpha, slow.dtype), delta=fast
         )
         fast.assign(slow, read_value=False)
 
-    _update_groups_if(predicate, pairs, sync_in_place)
+    _update_replicas(pairs, sync_replica)
 
 
-def sync_rows_if(
-    predicate: Any, group: tuple[Any, Any, Any], since: Any, sync: Callable
+def sync_rows(
+    group: tuple[Any, Any, Any], is_moved: Callable[[tf.Tensor], tf.Tensor], sync: Any
 ) -> None:
-    def sync_table(
+    def sync_replica(
         fast: tf.Variable, slow: tf.Variable, last_update: tf.Variable
     ) -> None:
-        moved = last_update > since
+        moved = is_moved(tf.convert_to_tensor(last_update))
 
         def points(rows: tf.Tensor | None) -> tf.Tensor:
-            return sync(read_rows(fast, rows), read_rows(slow, rows))[0]
+            return sync(read_rows(fast, rows), read_rows(slow, rows))
 
-        def sync_rows(rows: tf.Tensor) -> None:
-            write_rows([fast], rows, [points(rows)])
+        def sync_those(rows: tf.Tensor) -> None:
+            point = points(rows)
+            write_rows([fast, slow], rows, [point, point])
 
         def sync_all() -> None:
-            is_moved = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
-            new = tf.where(is_moved, points(None), read_rows(fast, None))
-            write_rows([fast], None, [new])
+            column = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
+            point = points(None)
+            new = [tf.where(column, point, read_rows(v, None)) for v in (fast, slow)]
+            write_rows([fast, slow], None, new)
 
         def sync_few() -> None:
-            tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_rows)
+            tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_those)
 
         if not in_xla():
             halves = tensorflow_rows.positions(moved)
             new = [points(rows) for rows in halves]  # all before the first is written
-            for rows, value in zip(halves, new, strict=True):
-                write_rows([fast], rows, [value])
+            for rows, point in zip(halves, new, strict=True):
+                write_rows([fast, slow], rows, [point, point])
         elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
             sync_all()
         else:
@@ -268,8 +273,7 @@ def sync_rows_if(
             tensorflow_rows.run_if(is_many, sync_all)
             tensorflow_rows.run_if(~is_many, sync_few)
 
-    since = tf.cast(since, "int32")
-    _update_groups_if(predicate, [group], sync_table)
+    _update_replicas([group], sync_replica)
 
 
 # The rest

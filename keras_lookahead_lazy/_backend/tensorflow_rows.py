@@ -187,7 +187,11 @@ def run_if(predicate: tf.Tensor, function: Callable) -> None:
     carries in place, but copies what a condition leaves alone.
     """
     if not in_xla():
-        tf.cond(predicate, function, lambda: None)
+
+        def run() -> None:
+            function()
+
+        tf.cond(predicate, run, lambda: None)
         return
 
     def once(pending: tf.Tensor) -> tuple[tf.Tensor]:

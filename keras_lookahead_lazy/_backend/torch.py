@@ -137,21 +137,6 @@ def write_rows(
             variable.value.index_copy_(0, indices, value)
 
 
-def write_chosen_rows(
-    variable: keras.Variable,
-    indices: torch.Tensor,
-    value: torch.Tensor,
-    chosen: torch.Tensor,
-) -> None:
-    if _is_on_host(chosen):
-        rows = chosen.nonzero()[:, 0]
-        indices, value = indices[rows], value.index_select(0, rows)
-    else:
-        column = chosen.reshape(-1, *[1] * (value.ndim - 1))
-        value = torch.where(column, value, read_rows(variable, indices))
-    write_rows([variable], indices, [value])
-
-
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -170,7 +155,7 @@ def read_count(variable: Any) -> int:
     tensor = variable.value
     version, count = getattr(variable, "host_count", (None, 0))
     if version != (id(tensor), tensor._version):
-        count = int(tensor)
+        count = (int(tensor) + 2**31) % 2**32 - 2**31
         variable.host_count = ((id(tensor), tensor._version), count)
     return count
 
@@ -181,48 +166,53 @@ def write_count(variable: keras.Variable, count: int) -> None:
     variable.host_count = ((id(tensor), tensor._version), count)
 
 
-def update_if(
-    predicate: bool, groups: Sequence[tuple], function: Callable[..., tuple]
-) -> None:
-    if not predicate:
-        return
-    for group in groups:
-        values = [read_rows(variable, None) for variable in group]
-        write_rows(group, None, function(*values))
+def once_known(gradients: Sequence, predicate: bool) -> bool:
+    return predicate
+
+
+def run_if(predicate: Any, function: Callable[[], None], variables: Sequence) -> None:
+    if predicate:
+        function()
+
+
+def update(group: tuple, function: Callable[..., tuple]) -> None:
+    values = function(*(read_rows(variable, None) for variable in group))
+    write_rows(group, None, values)
 
 
 @torch.no_grad()
-def back_up_if(predicate: bool, pairs: Sequence[tuple]) -> None:
-    if predicate and pairs:
+def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
+    if pairs:
         fast, slow = zip(*pairs, strict=True)
         torch._foreach_copy_([v.value for v in slow], [v.value for v in fast])
 
 
 @torch.no_grad()
-def sync_if(predicate: bool, pairs: Sequence[tuple], sync: Any) -> None:
+def sync(pairs: Sequence[tuple], sync: Any) -> None:
     """In place, all weights in one call."""
-    if predicate and pairs:
+    if pairs:
         fast, slow = zip(*[(f.value, s.value) for f, s in pairs], strict=True)
         torch._foreach_lerp_(slow, fast, sync.alpha)
         torch._foreach_copy_(fast, slow)
 
 
 @torch.no_grad()
-def sync_rows_if(
-    predicate: bool, group: tuple[Any, Any, Any], since: Any, sync: Callable
+def sync_rows(
+    group: tuple[Any, Any, Any],
+    is_moved: Callable[[torch.Tensor], torch.Tensor],
+    sync: Any,
 ) -> None:
-    if not predicate:
-        return
     fast, slow, last_update = group
-    moved = last_update.value > since
+    moved = is_moved(last_update.value)
     if _is_on_host(moved):
         for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
-            point, _ = sync(read_rows(fast, rows), read_rows(slow, rows))
-            write_rows([fast], rows, [point])
+            point = sync(read_rows(fast, rows), read_rows(slow, rows))
+            write_rows([fast, slow], rows, [point, point])
         return
-    point, _ = sync(fast.value, slow.value)
-    moved = moved.reshape(-1, *[1] * (point.ndim - 1))
-    write_rows([fast], None, [torch.where(moved, point, fast.value)])
+    moved = moved.reshape(-1, *[1] * (fast.value.ndim - 1))
+    point = torch.where(moved, sync(fast.value, slow.value), fast.value)
+    slow.assign(torch.where(moved, point, slow.value))
+    fast.assign(point)
 
 
 # The rest
