@@ -365,6 +365,41 @@ def _take_over_parallel_update(
     optimizer._backend_update_step = update
 
 
+def accumulator(optimizer: keras.Optimizer, variable: Any) -> keras.Variable:
+    """What Keras's gradient accumulation adds a weight's gradients to."""
+    index = optimizer._get_variable_index(variable)
+    return optimizer._accumulated_gradients[index]
+
+
+@contextlib.contextmanager
+def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
+    """Let `apply` update with the gradients that it gets, and accumulate none.
+
+    The counters, of calls and of updates, stay what gradient accumulation makes them.
+    """
+
+    def update(grads: list, variables: list) -> None:
+        grads = optimizer._clip_gradients(grads)
+        optimizer._apply_weight_decay(variables)
+        optimizer._backend_update_step(grads, variables, optimizer.learning_rate)
+
+    vars(optimizer)["_backend_apply_gradients"] = update
+    try:
+        yield
+    finally:
+        del vars(optimizer)["_backend_apply_gradients"]
+
+
+def all_variables(optimizer: keras.Optimizer) -> list:
+    """The variables of an optimizer and of those inside, as they are stored."""
+    return [v for each in chain(optimizer) for v in vars(each)["_variables"]]
+
+
+def unique(variables: Iterable) -> list:
+    """Variables, each once; they compare by value, so it is their ids that differ."""
+    return list({id(variable): variable for variable in variables}.values())
+
+
 def step_on_rows(
     optimizer: keras.Optimizer,
     variable: Any,
@@ -465,6 +500,33 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
         note(self)
 
     Trainer.compile = compile_and_note
+
+
+@functools.cache
+def replace_loss_scaling(apply_by_rows: Callable[..., bool]) -> None:
+    """Let `apply_by_rows` make a LossScaleOptimizer's step, unless it returns `False`.
+
+    Keras puts this optimizer around the user's by itself, in `compile`.
+    """
+    scaling = keras.optimizers.LossScaleOptimizer
+    apply, stateless_apply = scaling.apply, scaling.stateless_apply
+
+    @functools.wraps(apply)
+    def apply_scaled(
+        self: Any, grads: list, trainable_variables: list | None = None
+    ) -> None:
+        if not self.built:
+            with keras.name_scope(self.name):
+                self.build(trainable_variables)
+        if not apply_by_rows(self, grads, trainable_variables):
+            apply(self, grads, trainable_variables)
+
+    @functools.wraps(stateless_apply)
+    def stateless_apply_scaled(self: Any, *values: list) -> tuple:
+        # The base class's calls `apply`.
+        return keras.Optimizer.stateless_apply(self, *values)
+
+    scaling.apply, scaling.stateless_apply = apply_scaled, stateless_apply_scaled
 
 
 def caller_of_callbacks() -> tuple[FrameType | None, list]:

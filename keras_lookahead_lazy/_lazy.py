@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
+from keras_lookahead_lazy._accumulation import ROWS_PER_ID, RowAccumulator
 from keras_lookahead_lazy._arguments import (
     check_choice,
     check_slots_are_known,
@@ -134,12 +135,8 @@ class LazyOptimizer(OptimizerWrapper):
         return _tables.unique_names(tables, _keras.weights(self))
 
     def _why_gradients_are_dense(self) -> str | None:
-        if self.gradient_accumulation_steps:
-            return "gradient accumulation adds up whole gradients"
-        around = chain(getattr(self._model(), "optimizer", self))
-        scaling = keras.optimizers.LossScaleOptimizer
-        if any(isinstance(each, scaling) for each in around + chain(self._inner)):
-            return "LossScaleOptimizer looks at whole gradients"
+        if self.gradient_accumulation_steps and not self._accumulates():
+            return "gradient accumulation adds up whole gradients here"
         return None
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -208,6 +205,17 @@ class LazyOptimizer(OptimizerWrapper):
             caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
             left_out=self.add_variable(shape=(), dtype="int32", name="left_out"),
             reason=reason,
+            accumulator=self._make_accumulator(variable) if not reason else None,
+        )
+
+    def _make_accumulator(self, variable: keras.Variable) -> RowAccumulator | None:
+        if not self.gradient_accumulation_steps:
+            return None
+        length = max(1, variable.shape[0] // ROWS_PER_ID)
+        return RowAccumulator(
+            _keras.accumulator(_keras.innermost(self._inner), variable),
+            ids=self.add_variable(shape=(length,), dtype="int32", name="accumulated"),
+            count=self.add_variable(shape=(), dtype="int32", name="accumulated_count"),
         )
 
     # A step
@@ -220,8 +228,9 @@ class LazyOptimizer(OptimizerWrapper):
             for gradient, weight in zip(grads, weights, strict=True)
             if gradient is not None
         }
+        update = self._accumulate if self._accumulates() else self._apply_inner
         with self.rows_taken(grads, variables) as sums, self._step():
-            updated = self._apply_inner(sums, variables)
+            updated = update(sums, variables)
         for key, table in self._tables.items():
             if key not in given:  # that is not a step with a gradient of zeros
                 left_out = engine.read_count(table.left_out)
@@ -259,7 +268,7 @@ class LazyOptimizer(OptimizerWrapper):
         if key not in self._tables or gradient is None:
             return gradient
         computes = self._uses_whole_gradients()
-        if not (self._tables[key].every_row or self.gradient_accumulation_steps) and (
+        if self._may_take_rows(self._tables[key]) and (
             computes or not engine.KERAS_TAKES_ROWS
         ):
             found = engine.row_gradient(gradient, variable)
@@ -268,11 +277,106 @@ class LazyOptimizer(OptimizerWrapper):
                 return found.sums
         return (engine.sum_duplicates if computes else engine.whole)(gradient)
 
+    def _may_take_rows(self, table: Table) -> bool:
+        if self.gradient_accumulation_steps and not self._accumulates():
+            return False
+        return not table.every_row
+
     def _uses_whole_gradients(self) -> bool:
         """Whether Keras computes with the gradients before it updates rows."""
         inner = _keras.innermost(self._inner)
         settings = ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor")
-        return any(getattr(inner, setting) is not None for setting in settings)
+        return (
+            any(getattr(inner, setting) is not None for setting in settings)
+            or bool(self.gradient_accumulation_steps)
+            or self._is_loss_scaled()
+        )
+
+    def _is_loss_scaled(self) -> bool:
+        """Whether a LossScaleOptimizer stands inside, or around this one."""
+        outermost = [self, *self.wrappers_around()][-1]
+        around = chain(getattr(self._model(), "optimizer", None) or outermost)
+        scaling = keras.optimizers.LossScaleOptimizer
+        return any(isinstance(each, scaling) for each in around + chain(self._inner))
+
+    # Gradient accumulation
+
+    def _accumulates(self) -> bool:
+        """Whether gradients are accumulated here, by rows, and not by Keras."""
+        return (
+            bool(self.gradient_accumulation_steps)
+            and not self.use_ema  # whose averages Keras moves in every step
+            and not self._scales_the_loss()
+            and engine.num_replicas() == 1
+        )
+
+    def _accumulate(self, grads: list, variables: list | None) -> Any:
+        """Add gradients to the accumulators; in every n-th step, update with the mean.
+
+        Returns:
+            The number of updates of the weights, 0 or 1.
+        """
+        inner, steps = _keras.innermost(self._inner), self.gradient_accumulation_steps
+        weights = variables or _keras.weights(self)
+        pairs = [p for p in zip(grads, weights, strict=True) if p[0] is not None]
+        sizes, are_known = {}, True  # of the lists of rows
+        for gradient, weight in pairs:
+            key = _keras.key(self, weight)
+            accumulator = key in self._tables and self._tables[key].accumulator
+            if not accumulator:
+                sums = _keras.accumulator(inner, weight)
+                sums.assign(sums.value + gradient)
+            elif key in self._taken:
+                look_ups = self._taken[key].indices.shape[0]
+                accumulator.add_rows(self._taken[key])
+                sizes[key] = accumulator.size(look_ups, steps)
+                are_known &= accumulator.has_rows(sizes[key])
+            else:
+                accumulator.add_whole(gradient)
+        calls = engine.read_count(_keras.counter(inner))
+        is_update = (calls + 1) % steps == 0
+        given = [weight for _, weight in pairs]
+        changed = _keras.unique([*given, *_keras.all_variables(self)])
+        for by_rows, predicate in ((sizes, are_known), ({}, are_known ^ True)):
+            if predicate is not False:
+                update = functools.partial(self._update_with_mean, given, by_rows)
+                engine.run_if(is_update & predicate, update, changed)
+        engine.write_count(_keras.counter(inner), calls + 1)
+        return (
+            ops.cast(is_update, "int32")
+            if not isinstance(is_update, bool)
+            else int(is_update)
+        )
+
+    def _update_with_mean(self, weights: list, sizes: dict) -> None:
+        """One update with the mean of the cycle's gradients, and zeros for the next.
+
+        Args:
+            sizes: for tables that are to be updated by rows, how long the list is.
+        """
+        inner, steps = _keras.innermost(self._inner), self.gradient_accumulation_steps
+        self._taken.clear()
+        means = []
+        for weight in weights:
+            key = _keras.key(self, weight)
+            if key in sizes:
+                rows = self._tables[key].accumulator.rows(sizes[key])
+                self._taken[key] = rows
+                means.append(rows.sums / steps)
+            else:
+                means.append(_keras.accumulator(inner, weight).value / steps)
+        with _keras.without_accumulation(inner):
+            engine.apply(self._inner, means, weights, super().variables)
+        for weight in _keras.weights(self):
+            key = _keras.key(self, weight)
+            accumulator = key in self._tables and self._tables[key].accumulator
+            if key in sizes:
+                accumulator.clear_rows(self._taken[key])
+            elif accumulator:
+                accumulator.clear()
+            else:
+                sums = _keras.accumulator(inner, weight)
+                sums.assign(ops.zeros_like(sums.value))
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:

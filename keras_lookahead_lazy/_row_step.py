@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _keras
+from keras_lookahead_lazy._accumulation import RowAccumulator
 from keras_lookahead_lazy._backend import RowGradient, Rows, engine
 from keras_lookahead_lazy._catch_up import where
 
@@ -29,6 +30,7 @@ class Table:
         left_out: int32 scalar variable, the number of updates without a gradient for
             this table, which are no updates of it.
         reason: why each step has to work on every row, or `None`.
+        accumulator: for gradient accumulation by rows.
         constraint: the table's, which has none while a step runs.
     """
 
@@ -40,6 +42,7 @@ class Table:
     caught_up: keras.Variable
     left_out: keras.Variable
     reason: str | None
+    accumulator: RowAccumulator | None = None
     constraint: Any = None
 
     @property
@@ -152,10 +155,7 @@ def _find_rows(
 ) -> tuple[Rows, list[Any]]:
     if not isinstance(gradient, RowGradient):
         return engine.find_rows(gradient, variables, every_row)
-    by_row = gradient.sums
-    if gradient.position is not None:
-        by_row = ops.take(by_row, gradient.position, axis=0)
-    rows = engine.mark_idle(gradient.indices, by_row)
+    rows = engine.mark_idle(gradient.indices, gradient.by_row())
     return rows, [engine.read_rows(variable, rows.indices) for variable in variables]
 
 

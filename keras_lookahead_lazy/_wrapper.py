@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lookahead_lazy import _arguments, _keras, _repr
+from keras_lookahead_lazy import _arguments, _keras, _loss_scaling, _repr
 from keras_lookahead_lazy._backend import check_backend, engine
 from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
@@ -49,6 +49,7 @@ class OptimizerWrapper(keras.Optimizer):
     ) -> None:
         check_backend()
         _keras.note_compiled_models(_note)
+        _keras.replace_loss_scaling(_scale_by_rows)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
         _arguments.refuse(misplaced, type(self), _keras.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
@@ -210,7 +211,11 @@ class OptimizerWrapper(keras.Optimizer):
             engine.apply(optimizer, grads, variables, written)
             return 1
         before = engine.read_count(optimizer.iterations)
-        engine.apply(optimizer, grads, variables, written)
+        is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if is_scaling and engine.num_replicas() == 1:
+            _loss_scaling.apply(optimizer, grads, variables, written)
+        else:
+            engine.apply(optimizer, grads, variables, written)
         # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
         return (engine.read_count(optimizer.iterations) - before) % 2
 
@@ -429,6 +434,18 @@ class OptimizerWrapper(keras.Optimizer):
             config["optimizer"], custom_objects=custom_objects
         )
         return cls(**config)
+
+
+def _scale_by_rows(
+    optimizer: keras.optimizers.LossScaleOptimizer, grads: list, variables: list | None
+) -> bool:
+    """The step of a LossScaleOptimizer, if one of this package's is inside."""
+    if engine.num_replicas() > 1 or not any(
+        isinstance(each, OptimizerWrapper) for each in chain(optimizer)
+    ):
+        return False
+    _loss_scaling.apply(optimizer, grads, variables, [])
+    return True
 
 
 def _note(model: keras.Model) -> None:

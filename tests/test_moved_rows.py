@@ -44,7 +44,7 @@ def slots_of(optimizer, index=0):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("restarts", [False, True])
 def test_weights_set_in_mid_cycle(mode, restarts):
-    """The sync pulls rows that have moved, and others once they move; or `restart()`."""
+    """The sync pulls rows once they have moved, unless `restart()` is called."""
     k, alpha = 4, 0.25
     weights = make_weights()
     lookahead = Lookahead(LazyOptimizer(adam()), k, alpha)

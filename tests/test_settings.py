@@ -23,7 +23,7 @@ from harness import (
     numpy,
     rotated,
 )
-from reference import Reference
+from reference import Reference, sampled_rows
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
@@ -226,8 +226,9 @@ def test_lookahead_beyond_31_bits(accumulating, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_lazy_after_a_billion_updates(mode):
-    """Numbers of updates go back before they overflow; what they differ by stays."""
+@pytest.mark.parametrize("limit", [2**31 - 18, 2**32 - 18])
+def test_lazy_at_the_limits_of_its_numbers(mode, limit):
+    """Numbers of updates wrap around; what they differ by stays."""
     weights = make_weights()
     case = ("Adam", {"learning_rate": 0.01})
     reference = Reference(weights, case, lazy={"tables": [0]}, lookahead=LOOKAHEAD)
@@ -237,11 +238,33 @@ def test_lazy_after_a_billion_updates(mode):
         reference.apply(step)
         assert_agree(run.step(step), reference.weights)
         if i == 11:
-            counts = [v for v in lazy.variables if "last_update" in v.path]
-            counts += [v for v in lazy.variables if "caught_up" in v.path]
+            names = "last_update", "caught_up"
+            counts = [v for v in lazy.variables if v.path.endswith(names)]
             for count in [*counts, lazy._iterations]:
-                count.assign(keras.ops.convert_to_numpy(count) + 2**30 - 18)
-    assert int(keras.ops.convert_to_numpy(lazy._iterations)) < 2**30
+                number = keras.ops.convert_to_numpy(count).astype("int64") + limit
+                count.assign((number + 2**31) % 2**32 - 2**31)
+    count = int(keras.ops.convert_to_numpy(lazy._iterations))
+    assert (count - limit) % 2**32 == 24
+
+
+@pytest.mark.parametrize("idle", [2**30, 2**31, 2**31 + 12, 2**32 - 2])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_row_that_was_idle_for_very_long(idle, reads):
+    """Its slots have decayed to nothing, and stay so when it is sampled again."""
+    weights = make_weights()
+    lazy = LazyOptimizer(make(("SGD", {"learning_rate": 0.1, "momentum": 0.9})))
+    run = Run(lazy, weights)
+    (first, *_), zeros = make_gradients(1, weights), [np.zeros_like(w) for w in weights]
+    run.step(first)
+    lazy._iterations.assign((1 + idle + 2**31) % 2**32 - 2**31)
+    before = run.weights[0]
+    if reads:
+        lazy.catch_up()
+        lazy._iterations.assign((1 + 2 * idle + 2**31) % 2**32 - 2**31)
+    zeros[0][sampled_rows(first[0])] = 1.0
+    run.step(zeros)
+    expected = before - np.float32(0.1) * zeros[0]
+    np.testing.assert_allclose(run.weights[0], expected, rtol=1e-6)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.Variable")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import keras
+from keras import ops
 
 SUPPORTED = ("tensorflow", "jax", "torch")
 
@@ -49,6 +50,12 @@ class RowGradient(NamedTuple):
     sums: Any
     indices: Any
     position: Any
+
+    def by_row(self) -> Any:
+        """The sum for each of `indices`."""
+        if self.position is None:
+            return self.sums
+        return ops.take(self.sums, self.position, axis=0)
 
 
 class Engine(Protocol):
@@ -121,10 +128,29 @@ class Engine(Protocol):
     ) -> None:
         """Assign the same rows of some replicas; all, if `indices` is `None`."""
 
+    def write_list(self, variable: Any, count: Any, values: Any) -> Any:
+        """Write ids behind the first `count` of a list, as many as have room.
+
+        Returns:
+            The number of ids.
+        """
+
+    def listed_rows(
+        self, variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+    ) -> RowGradient:
+        """The rows of a variable that the first `count` ids of a list name.
+
+        Args:
+            size: that the count does not exceed.
+        """
+
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""
 
     # Counting and branching in a step, which may be compiled
+
+    def num_replicas(self) -> int:
+        """How many replicas a step runs in, each with a part of the gradients."""
 
     def read_count(self, variable: Any) -> Any:
         """The value of a counter, without waiting for an accelerator."""
@@ -191,9 +217,9 @@ class Engine(Protocol):
         """`optimizer.apply`.
 
         Args:
-            written: variables of a wrapper that the step writes. An optimizer of
-                JAX that may skip an update chooses between old and new values, so
-                it has to know them.
+            written: variables of a wrapper that the step writes. JAX's gradient
+                accumulation chooses between old and new values, so it has to know
+                them.
         """
 
     def is_recording(self) -> bool:

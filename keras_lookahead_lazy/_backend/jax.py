@@ -65,9 +65,8 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
     is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
     position = jnp.cumsum(is_new)
-    size = min(count, LOOK_UPS_PER_ROUND)
-    rounds = math.ceil(count / size)
-    length = size * rounds
+    size, length = min(count, LOOK_UPS_PER_ROUND), _whole_rounds(count)
+    rounds = length // size
     parts = [
         jnp.pad(whole, (0, length - count), constant_values=length).reshape(-1, size)
         for whole in (order, position)
@@ -173,6 +172,32 @@ def write_rows(
         variable.assign(value)
 
 
+def write_list(variable: keras.Variable, count: Any, values: jax.Array) -> int:
+    ids = values[: len(variable.value)].astype(variable.dtype)
+    variable.assign(jax.lax.dynamic_update_slice(variable.value, ids, (count,)))
+    return len(values)
+
+
+def listed_rows(
+    variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+) -> RowGradient:
+    rows = len(variable.value)
+    listed = jnp.where(jnp.arange(size) < count, ids.value[:size], rows)
+    listed = jnp.sort(listed)
+    is_new = jnp.concatenate([jnp.zeros(1, bool), listed[1:] != listed[:-1]])
+    length = _whole_rounds(size)
+    indices = jnp.full(length, rows, listed.dtype)
+    indices = indices.at[jnp.cumsum(is_new)].set(listed, indices_are_sorted=True)
+    values = variable.value.at[indices].get(mode="fill", fill_value=0)
+    return RowGradient(values, indices, None)
+
+
+def _whole_rounds(count: int) -> int:
+    """So many places that they are a whole number of rounds, if more than one."""
+    size = min(count, LOOK_UPS_PER_ROUND)
+    return size * math.ceil(count / size)
+
+
 def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
     sharding = variable.value.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -182,6 +207,11 @@ def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
 
 
 # Counting and branching
+
+
+def num_replicas() -> int:
+    """One: JAX divides arrays, not the program."""
+    return 1
 
 
 def read_count(variable: Any) -> jax.Array:

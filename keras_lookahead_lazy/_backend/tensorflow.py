@@ -39,8 +39,7 @@ def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
     """With one replica; those of several have to be added up as they are."""
-    is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
-    if not (is_one and isinstance(gradient, tf.IndexedSlices)):
+    if num_replicas() > 1 or not isinstance(gradient, tf.IndexedSlices):
         return None
     if in_xla():
         indices, position, sums = tensorflow_rows.sorted_sums(gradient)
@@ -137,11 +136,41 @@ def write_rows(
             variable.scatter_update(tf.IndexedSlices(value, indices))
 
 
+def write_list(variable: keras.Variable, count: Any, values: tf.Tensor) -> tf.Tensor:
+    number, values = tf.size(values), tf.cast(values, variable.dtype)
+    positions = count + tf.range(number)
+    if not in_xla():  # which drops what lies past the end
+        positions = positions[: tf.maximum(variable.shape[0] - count, 0)]
+        values = values[: tf.size(positions)]
+    write_rows([_native(variable)], positions, [values])
+    return number
+
+
+def listed_rows(
+    variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+) -> RowGradient:
+    if not in_xla():
+        indices, _ = tf.unique(tf.convert_to_tensor(ids)[:count])
+        return RowGradient(read_rows(_native(variable), indices), indices, None)
+    listed = tf.convert_to_tensor(ids)[:size]
+    listed = tf.where(tf.range(size) < count, listed, listed[0])
+    indices = tf.sort(listed)
+    position = tensorflow_rows.positions_of(indices)
+    values = read_rows(_native(variable), indices)
+    values = tensorflow_rows.first_of_each(position, values)
+    sums = tf.math.unsorted_segment_sum(values, position, size)
+    return RowGradient(sums, indices, position)
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
 
 # Counting and branching
+
+
+def num_replicas() -> int:
+    return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def read_count(variable: Any) -> tf.Tensor:

@@ -32,9 +32,7 @@ def sum_duplicates(gradient: Any) -> Any:
         return gradient
     if in_xla():
         indices, position, sums = sorted_sums(gradient)
-        is_first = tf.concat([[True], position[1:] != position[:-1]], axis=0)
-        is_first = tf.reshape(is_first, [-1] + [1] * (sums.shape.rank - 1))
-        values = tf.where(is_first, tf.gather(sums, position), tf.zeros_like(sums))
+        values = first_of_each(position, tf.gather(sums, position))
     else:
         indices, position = tf.unique(gradient.indices)
         values = _sums(gradient.values, position, tf.size(indices))
@@ -66,12 +64,24 @@ def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tens
     """
     order = tf.argsort(slices.indices, stable=True)
     indices = tf.gather(slices.indices, order)
-    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
-    position = tf.concat([[0], tf.cumsum(is_new)], axis=0)
+    position = positions_of(indices)
     sums = tf.math.unsorted_segment_sum(
         tf.gather(slices.values, order), position, tf.size(indices)
     )
     return indices, position, sums
+
+
+def positions_of(indices: tf.Tensor) -> tf.Tensor:
+    """The place of each of some sorted numbers among the different ones."""
+    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    return tf.concat([[0], tf.cumsum(is_new)], axis=0)
+
+
+def first_of_each(position: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Rows, of which those that have the position of the one before are zeros."""
+    is_first = tf.concat([[True], position[1:] != position[:-1]], axis=0)
+    is_first = tf.reshape(is_first, [-1] + [1] * (values.shape.rank - 1))
+    return tf.where(is_first, values, tf.zeros_like(values))
 
 
 class _Slices(tf.IndexedSlices):

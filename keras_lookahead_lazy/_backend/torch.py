@@ -55,8 +55,7 @@ def row_gradient(
         rows = look_ups.coalesce()
         return _backend.RowGradient(rows.values(), rows.indices()[0], None)
     indices, order = torch.sort(ids, stable=True)
-    position = torch.zeros_like(indices)
-    torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
+    position = _positions(indices)
     sums = torch.zeros_like(values).index_add_(0, position, values[order])
     return _backend.RowGradient(sums, indices, position)
 
@@ -137,11 +136,44 @@ def write_rows(
             variable.value.index_copy_(0, indices, value)
 
 
+@torch.no_grad()
+def write_list(variable: keras.Variable, count: int, values: torch.Tensor) -> int:
+    room = variable.value[count : count + len(values)]
+    room.copy_(values[: len(room)])
+    return len(values)
+
+
+def listed_rows(
+    variable: keras.Variable, ids: keras.Variable, count: int, size: int
+) -> _backend.RowGradient:
+    listed = ids.value[:count].long()
+    if _is_on_host(listed):
+        listed = listed.unique()
+        return _backend.RowGradient(read_rows(variable, listed), listed, None)
+    indices = listed.sort().values
+    position = _positions(indices)
+    values = read_rows(variable, indices)
+    sums = torch.zeros_like(values).index_copy_(0, position, values)
+    return _backend.RowGradient(sums, indices, position)
+
+
+def _positions(indices: torch.Tensor) -> torch.Tensor:
+    """The place of each of some sorted numbers among the different ones."""
+    position = torch.zeros_like(indices)
+    torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
+    return position
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
 
 # Counting on the host and branching in Python
+
+
+def num_replicas() -> int:
+    """One: each process has its own."""
+    return 1
 
 
 def read_count(variable: Any) -> int:
