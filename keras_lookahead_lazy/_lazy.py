@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
@@ -263,6 +264,9 @@ class LazyOptimizer(OptimizerWrapper):
         finally:
             self._taken.clear()
 
+    def has_taken_rows(self) -> bool:
+        return bool(self._taken)
+
     def _take(self, gradient: Any, variable: Any) -> Any:
         key = _keras.key(self, variable)
         if key not in self._tables or gradient is None:
@@ -366,7 +370,7 @@ class LazyOptimizer(OptimizerWrapper):
             else:
                 means.append(_keras.accumulator(inner, weight).value / steps)
         with _keras.without_accumulation(inner):
-            engine.apply(self._inner, means, weights, super().variables)
+            engine.apply(self._inner, means, weights, _keras.own_variables(self))
         for weight in _keras.weights(self):
             key = _keras.key(self, weight)
             accumulator = key in self._tables and self._tables[key].accumulator
@@ -499,6 +503,32 @@ class LazyOptimizer(OptimizerWrapper):
             key: MovedRows(table.last_update, functools.partial(self._updates, table))
             for key, table in self._tables.items()
         }
+
+    def _saved_facts(self) -> dict[str, np.ndarray]:
+        facts, weights = super()._saved_facts(), _keras.weights(self)
+        keys = [_keras.key(self, weight) for weight in weights]
+        facts["tables"] = np.array([keys.index(key) for key in self._tables], "int32")
+        return facts
+
+    def _stores_differently(self, shapes: list[tuple]) -> bool:
+        rows = [table.last_update.shape for table in self._tables.values()]
+        return shapes == [(), *(shape for row in rows for shape in (tuple(row), ()))]
+
+    def _own_numbers(self) -> dict[str, float]:
+        return {"decays": float(self._moments == "decay")}
+
+    def _compare(self, numbers: dict[str, float]) -> None:
+        stored, own = numbers.get("decays"), self._own_numbers()["decays"]
+        if stored is not None and stored != own:
+            for table in self._tables.values():  # from here on slots decay, or stay
+                table.caught_up.assign(self._updates(table))
+            old, new = (MOMENTS[1 - int(decays)] for decays in (stored, own))
+            warnings.warn(
+                f"The file was saved with moments={old!r}; training goes on with "
+                f"moments={new!r}. To go on as before, make the LazyOptimizer with "
+                f"moments={old!r}.",
+                stacklevel=2,
+            )
 
     def _own_settings(self) -> dict[str, Any]:
         tables = [table.variable for table in self._tables.values()]

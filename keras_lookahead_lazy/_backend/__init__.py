@@ -144,6 +144,9 @@ class Engine(Protocol):
             size: that the count does not exceed.
         """
 
+    def clear_rows(self, variable: keras.Variable, rows: RowGradient) -> None:
+        """Make zeros of rows that were read as `rows`."""
+
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""
 

@@ -39,12 +39,12 @@ def is_dense(ids: Any) -> bool:
 
 
 def look_up(table: keras.Variable, ids: Any) -> jax.Array:
-    ids = jnp.asarray(ids)
-    reads = min(math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1])
+    ids, value = jnp.asarray(ids), _keras.stored_value(table)
+    reads = min([math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1]])
     if reads <= 1:
-        return jax_gradient.look_up(table.value, ids)
+        return jax_gradient.look_up(value, ids)
     parts = jnp.array_split(ids, reads)
-    return jnp.concatenate([jax_gradient.look_up(table.value, part) for part in parts])
+    return jnp.concatenate([jax_gradient.look_up(value, part) for part in parts])
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
@@ -55,6 +55,7 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
         return None
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
     ids = jnp.where(ids < 0, ids + rows, ids)
+    ids = jnp.where(ids < 0, rows, ids)  # too far below: of no row
     values = [values.reshape(-1, *row_shape) for _, values in look_ups]
     return _sum_duplicates(ids, jnp.concatenate(values), rows)
 
@@ -192,6 +193,18 @@ def listed_rows(
     return RowGradient(values, indices, None)
 
 
+def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+    """After the rows were read: XLA would otherwise copy the whole before."""
+    indices = jnp.where(_is_known(rows.sums), rows.indices, len(variable.value))
+    write_rows([variable], indices, [jnp.zeros_like(rows.sums)])
+
+
+def _is_known(values: jax.Array) -> jax.Array:
+    """Always true, which XLA does not see, and not before the values are known."""
+    first = values.ravel()[:1].astype("float32").sum()
+    return (first > 0) | (first <= 0) | (first != first)
+
+
 def _whole_rounds(count: int) -> int:
     """So many places that they are a whole number of rounds, if more than one."""
     size = min(count, LOOK_UPS_PER_ROUND)
@@ -229,9 +242,7 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
         # The gradient of a table that is taken by rows is computed by nobody.
         noted = [values for _, values in jax_gradient.look_ups(gradient)]
         for part in noted or jax.tree.leaves(gradient):
-            first = part.ravel()[:1].astype("float32").sum()
-            # Always true, which XLA does not see.
-            predicate &= (first > 0) | (first <= 0) | (first != first)
+            predicate &= _is_known(part)
     return predicate
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import RowGradient, Rows, tensorflow_rows
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
@@ -34,7 +35,21 @@ def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
     """Rows of the variable itself, and not of a copy of it."""
     ids = tf.convert_to_tensor(ids)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
-    return tf.gather(table.value, ids)
+    return tf.gather(_own_component(_keras.stored_value(table)), ids)
+
+
+def _own_component(variable: tf.Variable) -> tf.Variable:
+    """The replica of a variable that belongs to the replica that runs this.
+
+    `tf.gather` of a mirrored variable would read the whole.
+    """
+    context = tf.distribute.get_replica_context()
+    if num_replicas() == 1 or context is None:
+        return variable
+    replicas = _strategy(variable).experimental_local_results(variable)
+    number = tf.get_static_value(context.replica_id_in_sync_group)
+    is_here = len(replicas) == num_replicas() and number is not None
+    return replicas[number if is_here else 0] if len(replicas) > 1 else replicas[0]
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
@@ -162,6 +177,15 @@ def listed_rows(
     return RowGradient(sums, indices, position)
 
 
+def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+    """After the rows were read: XLA would otherwise copy the whole before."""
+    indices = rows.indices
+    if in_xla():
+        past_end = tf.constant(variable.shape[0], indices.dtype)
+        indices = tf.where(tensorflow_rows.is_known(rows.sums), indices, past_end)
+    write_rows([_native(variable)], indices, [tf.zeros_like(rows.by_row())])
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -186,9 +210,7 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
         if gradient is None:
             continue
         part = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        first = tf.reduce_sum(tf.cast(tf.reshape(part, [-1])[:1], "float32"))
-        # Always true, which XLA does not see.
-        predicate &= (first > 0) | (first <= 0) | (first != first)
+        predicate &= tensorflow_rows.is_known(part)
     return predicate
 
 

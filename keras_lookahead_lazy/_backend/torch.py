@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import torch
 
-from keras_lookahead_lazy import _backend
+from keras_lookahead_lazy import _backend, _keras
 from keras_lookahead_lazy._backend import Rows
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
@@ -29,10 +29,11 @@ def is_dense(ids: Any) -> bool:
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
     ids = keras.ops.convert_to_tensor(ids).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
+    value = _keras.stored_value(table)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # These know dense gradients only.
-        return torch.nn.functional.embedding(ids, table.value)
-    return LookUp.apply(table.value, ids)
+        return torch.nn.functional.embedding(ids, value)
+    return LookUp.apply(value, ids)
 
 
 def row_gradient(
@@ -155,6 +156,10 @@ def listed_rows(
     values = read_rows(variable, indices)
     sums = torch.zeros_like(values).index_copy_(0, position, values)
     return _backend.RowGradient(sums, indices, position)
+
+
+def clear_rows(variable: keras.Variable, rows: _backend.RowGradient) -> None:
+    write_rows([variable], rows.indices, [torch.zeros_like(rows.by_row())])
 
 
 def _positions(indices: torch.Tensor) -> torch.Tensor:
