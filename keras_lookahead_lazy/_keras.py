@@ -356,8 +356,8 @@ def take_over(
         if others:
             decay_weights(others)
 
-    for function in (update_weight, decay_others):
-        function._is_ours = True  # type: ignore[attr-defined]
+    update_weight._is_ours = True  # type: ignore[attr-defined]
+    decay_others._is_ours = True  # type: ignore[attr-defined]
     optimizer.update_step = update_weight
     optimizer._apply_weight_decay = decay_others
     if hasattr(optimizer, "_parallel_update_step"):

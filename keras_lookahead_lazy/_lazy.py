@@ -19,13 +19,19 @@ from keras_lookahead_lazy._arguments import (
     check_slots_are_known,
     check_weights,
 )
-from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._row_step import Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 MOMENTS = ("decay", "freeze")
+# A table with more rows is large: a step that passes over it is worth a warning.
+LARGE = 10**5
+REGULARIZED = (
+    "the table's embeddings_regularizer gives every row a gradient. The layer's "
+    "activity_regularizer penalises the looked-up rows only"
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -96,7 +102,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _remember(self, **attributes: Any) -> None:
         """Set attributes that neither Keras nor TensorFlow shall track and save."""
-        vars(self).update(attributes)
+        self.__dict__.update(attributes)
 
     @property
     def moments(self) -> str:
@@ -117,19 +123,44 @@ class LazyOptimizer(OptimizerWrapper):
 
     @property
     def step_forms(self) -> dict[str, str]:
-        """How each table's step is computed, by the table's name.
+        """How the last step was computed, for each table by its name.
 
         The name is the path, with the position among the weights (`path:3`) where
         two tables share it.
 
-        `"rows"`: on the sampled rows, in steps whose gradient consists of look-ups.
-        (With a tied projection it does not, and a step looks at every row.)
-        `"masked: ..."`: on the whole table with the result masked, and why.
+        `"rows"`: the step worked on the looked-up rows. `"masked: ..."`: it worked on
+        the whole table and masked the result, for the reason given. In a compiled step
+        this is what was seen when it was traced. Before the first step it is what is
+        expected, which ends in `" (expected)"`.
         """
-        tables, dense = self._tables.values(), self._why_gradients_are_dense()
-        reasons = [table.reason or dense for table in tables]
-        forms = [f"masked: {reason}" if reason else "rows" for reason in reasons]
+        forms = [
+            table.form or f"{self._form(table, None)} (expected)"
+            for table in self._tables.values()
+        ]
         return dict(zip(self._table_names(), forms, strict=True))
+
+    def _form(self, table: Table, seen: str | None) -> str:
+        """How a step on a table is computed.
+
+        Args:
+            seen: why its gradient is dense, if it is.
+        """
+        reason = table.reason or self._why_gradients_are_dense() or seen
+        if reason is not None:
+            return f"masked: {reason}"
+        return "rows; use_ema averages every row" if self.use_ema else "rows"
+
+    def _note_form(self, table: Table, seen: str | None) -> None:
+        table.form = self._form(table, seen)
+        rows = table.variable.shape[0]
+        if table.form == "rows" or rows <= LARGE or table.has_warned:
+            return
+        table.has_warned = True
+        warnings.warn(
+            f"Each step passes over all {rows} rows of {_keras.path(table.variable)} "
+            f"({table.form}). See `step_forms` and the page on large embedding tables.",
+            stacklevel=2,
+        )
 
     def _table_names(self) -> list[str]:
         tables = [table.variable for table in self._tables.values()]
@@ -268,17 +299,23 @@ class LazyOptimizer(OptimizerWrapper):
         return bool(self._taken)
 
     def _take(self, gradient: Any, variable: Any) -> Any:
-        key = _keras.key(self, variable)
-        if key not in self._tables or gradient is None:
+        table = self._tables.get(_keras.key(self, variable))
+        if table is None or gradient is None:
             return gradient
-        computes = self._uses_whole_gradients()
-        if self._may_take_rows(self._tables[key]) and (
-            computes or not engine.KERAS_TAKES_ROWS
-        ):
-            found = engine.row_gradient(gradient, variable)
-            if found is not None:
-                self._taken[key] = found
+        computes, reason = self._uses_whole_gradients(), None
+        if self._may_take_rows(table):
+            if engine.takes_rows(gradient) and not computes:
+                self._note_form(table, None)
+                return gradient
+            found = engine.row_gradient(gradient, table.variable)
+            if isinstance(found, RowGradient):
+                self._note_form(table, None)
+                self._taken[_keras.key(self, variable)] = found
                 return found.sums
+            reason = found
+            if getattr(table.variable, "regularizer", None) is not None:
+                reason = REGULARIZED
+        self._note_form(table, reason)
         return (engine.sum_duplicates if computes else engine.whole)(gradient)
 
     def _may_take_rows(self, table: Table) -> bool:
@@ -323,11 +360,12 @@ class LazyOptimizer(OptimizerWrapper):
         inner, steps = _keras.innermost(self._inner), self.gradient_accumulation_steps
         weights = variables or _keras.weights(self)
         pairs = [p for p in zip(grads, weights, strict=True) if p[0] is not None]
-        sizes, are_known = {}, True  # of the lists of rows
+        sizes: dict[Any, int] = {}  # of the lists of rows
+        are_known: Any = True
         for gradient, weight in pairs:
             key = _keras.key(self, weight)
-            accumulator = key in self._tables and self._tables[key].accumulator
-            if not accumulator:
+            accumulator = self._accumulator(key)
+            if accumulator is None:
                 sums = _keras.accumulator(inner, weight)
                 sums.assign(sums.value + gradient)
             elif key in self._taken:
@@ -352,6 +390,9 @@ class LazyOptimizer(OptimizerWrapper):
             else int(is_update)
         )
 
+    def _accumulator(self, key: Any) -> RowAccumulator | None:
+        return self._tables[key].accumulator if key in self._tables else None
+
     def _update_with_mean(self, weights: list, sizes: dict) -> None:
         """One update with the mean of the cycle's gradients, and zeros for the next.
 
@@ -363,8 +404,9 @@ class LazyOptimizer(OptimizerWrapper):
         means = []
         for weight in weights:
             key = _keras.key(self, weight)
-            if key in sizes:
-                rows = self._tables[key].accumulator.rows(sizes[key])
+            accumulator = self._accumulator(key)
+            if accumulator is not None and key in sizes:
+                rows = accumulator.rows(sizes[key])
                 self._taken[key] = rows
                 means.append(rows.sums / steps)
             else:
@@ -373,14 +415,14 @@ class LazyOptimizer(OptimizerWrapper):
             engine.apply(self._inner, means, weights, _keras.own_variables(self))
         for weight in _keras.weights(self):
             key = _keras.key(self, weight)
-            accumulator = key in self._tables and self._tables[key].accumulator
-            if key in sizes:
-                accumulator.clear_rows(self._taken[key])
-            elif accumulator:
-                accumulator.clear()
-            else:
+            accumulator = self._accumulator(key)
+            if accumulator is None:
                 sums = _keras.accumulator(inner, weight)
                 sums.assign(ops.zeros_like(sums.value))
+            elif key in sizes:
+                accumulator.clear_rows(self._taken[key])
+            else:
+                accumulator.clear()
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:

@@ -14,10 +14,15 @@ import keras
 from jax.experimental.sparse import JAXSparse
 
 from keras_lookahead_lazy import _keras
-from keras_lookahead_lazy._backend import RowGradient, Rows, jax_gradient
+from keras_lookahead_lazy._backend import (
+    FEW_ROWS,
+    OTHER_PARTS,
+    RowGradient,
+    Rows,
+    jax_gradient,
+)
 
 VARIABLES_HOLD_STATE = False
-KERAS_TAKES_ROWS = False
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
@@ -47,12 +52,18 @@ def look_up(table: keras.Variable, ids: Any) -> jax.Array:
     return jnp.concatenate([jax_gradient.look_up(value, part) for part in parts])
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
+def takes_rows(gradient: Any) -> bool:
+    return False
+
+
+def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     look_ups = jax_gradient.look_ups(gradient)
     count = sum(ids.size for ids, _ in look_ups)
     rows, *row_shape = table.shape
+    if not look_ups:
+        return OTHER_PARTS
     if not count or rows < ROWS_PER_LOOK_UP * count:
-        return None
+        return FEW_ROWS
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
     ids = jnp.where(ids < 0, ids + rows, ids)
     ids = jnp.where(ids < 0, rows, ids)  # too far below: of no row

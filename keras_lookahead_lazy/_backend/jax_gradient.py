@@ -66,7 +66,7 @@ def _look_up_jvp(primals: tuple, tangents: tuple, noted: _Noted) -> tuple:
     (table, ids), (tangent, _) = primals, tangents
     rows = _look_up.bind(table, ids, noted=noted)
     if isinstance(tangent, ad.Zero):
-        return rows, ad.Zero.from_primal_value(rows)
+        return rows, ad.Zero.from_primal_value(rows)  # type: ignore[attr-defined]
     return rows, _look_up.bind(tangent, ids, noted=noted)
 
 

@@ -10,11 +10,16 @@ import keras
 import tensorflow as tf
 
 from keras_lookahead_lazy import _keras
-from keras_lookahead_lazy._backend import RowGradient, Rows, tensorflow_rows
+from keras_lookahead_lazy._backend import (
+    FEW_ROWS,
+    OTHER_PARTS,
+    RowGradient,
+    Rows,
+    tensorflow_rows,
+)
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
 VARIABLES_HOLD_STATE = True
-KERAS_TAKES_ROWS = True
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
@@ -52,14 +57,21 @@ def _own_component(variable: tf.Variable) -> tf.Variable:
     return replicas[number if is_here else 0] if len(replicas) > 1 else replicas[0]
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
+def takes_rows(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     """With one replica; those of several have to be added up as they are."""
-    if num_replicas() > 1 or not isinstance(gradient, tf.IndexedSlices):
-        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        return OTHER_PARTS
+    if num_replicas() > 1:
+        return "replicas add up clipped or scaled gradients as a whole"
     if in_xla():
+        if _is_small(table, gradient):
+            return FEW_ROWS
         indices, position, sums = tensorflow_rows.sorted_sums(gradient)
-        is_small = _is_small(table, gradient)
-        return None if is_small else RowGradient(sums, indices, position)
+        return RowGradient(sums, indices, position)
     gradient = sum_duplicates(gradient)
     return RowGradient(gradient.values, gradient.indices, None)
 

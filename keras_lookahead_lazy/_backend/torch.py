@@ -14,7 +14,6 @@ from keras_lookahead_lazy._backend import Rows
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
-KERAS_TAKES_ROWS = False
 # A sync on the host works on so many rows at a time, which stay in the cache.
 ROWS_PER_ROUND = 4096
 
@@ -36,9 +35,13 @@ def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
     return LookUp.apply(value, ids)
 
 
+def takes_rows(gradient: Any) -> bool:
+    return False
+
+
 def row_gradient(
     gradient: torch.Tensor, table: keras.Variable
-) -> _backend.RowGradient | None:
+) -> _backend.RowGradient | str:
     """On an accelerator of fixed shapes.
 
     It would have to stop for the host to know the number of different rows.
@@ -48,7 +51,7 @@ def row_gradient(
     elif gradient.is_sparse and gradient.sparse_dim() == 1:
         ids, values = gradient._indices()[0], gradient._values()
     else:
-        return None
+        return _backend.OTHER_PARTS
     if _is_on_host(ids):
         look_ups = torch.sparse_coo_tensor(
             ids[None], values, gradient.shape, check_invariants=False
