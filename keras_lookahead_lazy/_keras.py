@@ -59,6 +59,18 @@ def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
     return vars(optimizer).get("inner_optimizer")
 
 
+def schedule_free(optimizer: keras.Optimizer) -> keras.Optimizer | None:
+    """The schedule-free optimizer at the end of a chain, or in a container there.
+
+    Keras has one since 3.15. (A `MultiOptimizer` with a function knows its optimizers
+    when it is built.)
+    """
+    cls = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
+    last = innermost(optimizer)
+    candidates = [last, *map(innermost, getattr(last, "optimizers", []))]
+    return next((each for each in candidates if isinstance(each, cls)), None)
+
+
 def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
     """Tell an optimizer which weights it trains, without building anything.
 

@@ -13,6 +13,7 @@ from keras import ops
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
 from keras_lookahead_lazy._arguments import (
     check_choice,
+    check_rows_may_rest,
     check_slots_are_known,
     check_weights,
 )
@@ -432,3 +433,4 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
                 f"This {inside} already works inside another LazyOptimizer. "
                 "Give each its own inner optimizer."
             )
+    check_rows_may_rest(_keras.innermost(inner_optimizer))

@@ -98,6 +98,7 @@ class Lookahead(OptimizerWrapper):
             INNER_STATES,
             "what a sync does to the inner optimizer's slots",
         )
+        _arguments.check_inner_state(inner_state, self._inner)
         self.inner_state = inner_state
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -114,9 +115,10 @@ class Lookahead(OptimizerWrapper):
         initial_values: list[float] = []
         if self.inner_state == "reset":  # which not every optimizer knows
             initial_values = _initial_values(innermost, learned)
+        if not self._inner.built:
+            self._inner.build(variables)
+        _arguments.check_inner_state(self.inner_state, self._inner)
         if self.inner_state != "maintain":
-            if not self._inner.built:
-                self._inner.build(variables)
             setting = f"inner_state={self.inner_state!r}"
             instead = "inner_state='maintain'"
             weights = _keras.weights(innermost)  # more, if some are frozen now
