@@ -153,6 +153,7 @@ class LazyOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = check_weights(variables)
+        engine.check_distribution(variables)
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         found, frozen = _tables.find_tables(self._sources, variables, weights)

@@ -110,6 +110,7 @@ class Lookahead(OptimizerWrapper):
         if self.built:
             return
         variables = _arguments.check_weights(variables)
+        engine.check_distribution(variables)
         learned = [v for v in variables if not _is_set_by_its_layer(v)]
         innermost = _keras.innermost(self._inner)
         initial_values: list[float] = []
