@@ -496,9 +496,13 @@ def is_saving_or_loading() -> bool:
     """Whether Keras reads or writes a file, and this is called from there.
 
     It goes through all attributes then, and reads those that compute something, too.
+    A state tree is what `OrbaxCheckpoint` writes.
     """
-    names = (frame.f_globals.get("__name__", "") for frame in _callers())
-    return any(name.startswith("keras.src.saving.") for name in names)
+    return any(
+        frame.f_globals.get("__name__", "").startswith("keras.src.saving.")
+        or frame.f_code.co_name in ("get_state_tree", "set_state_tree")
+        for frame in _callers()
+    )
 
 
 def is_refusing_a_file() -> bool:

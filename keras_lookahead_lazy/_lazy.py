@@ -157,7 +157,7 @@ class LazyOptimizer(OptimizerWrapper):
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         found, frozen = _tables.find_tables(self._sources, variables, weights)
-        if frozen:
+        if frozen and variables:
             warnings.warn(
                 f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
                 "All other weights are trained. After unfreezing, compile the model "
@@ -196,11 +196,12 @@ class LazyOptimizer(OptimizerWrapper):
             reason += "one by one and to decay in closed form"
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
+        name = variable.path.replace("/", "_")  # as slots are named
         last_update = self.add_variable(
             shape=variable.shape[:1],
             dtype="int32",
             layout=engine.row_layout(variable),
-            name="last_update",
+            name=f"{name}_last_update",
         )
         return Table(
             variable,
@@ -208,7 +209,9 @@ class LazyOptimizer(OptimizerWrapper):
             slots_by_row=slots_by_row,
             log_rates=log_rates or {},
             moved=MovedRows(last_update, self._updates),
-            caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
+            caught_up=self.add_variable(
+                shape=(), dtype="int32", name=f"{name}_caught_up"
+            ),
             reason=reason,
         )
 
