@@ -62,6 +62,7 @@ class LazyOptimizer(OptimizerWrapper):
             default, takes the table of every Embedding layer.
         moments: what slots of rows that were not sampled do. `"decay"`: what the
             inner optimizer's slots do under a zero gradient. `"freeze"`: they stay.
+            Defaults to `"decay"`.
         name: name of the optimizer.
 
     Raises:

@@ -64,7 +64,8 @@ class Lookahead(OptimizerWrapper):
             for each weight (momenta, second moments): `"maintain"` leaves them,
             `"interpolate"` syncs them with a slow copy of their own, with the
             same `alpha`, `"reset"` gives them their initial value. Counters, and
-            with them schedules and bias correction, go on in all three.
+            with them schedules and bias correction, go on in all three. Defaults to
+            `"maintain"`.
         name: name of the optimizer.
 
     Raises:
