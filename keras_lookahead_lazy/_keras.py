@@ -63,6 +63,18 @@ def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
     return vars(optimizer).get("inner_optimizer")
 
 
+def schedule_free(optimizer: keras.Optimizer) -> keras.Optimizer | None:
+    """The schedule-free optimizer at the end of a chain, or in a container there.
+
+    Keras has one since 3.15. (A `MultiOptimizer` with a function knows its optimizers
+    when it is built.)
+    """
+    cls = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
+    last = innermost(optimizer)
+    candidates = [last, *map(innermost, getattr(last, "optimizers", []))]
+    return next((each for each in candidates if isinstance(each, cls)), None)
+
+
 def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
     """Tell an optimizer which weights it trains, without building anything.
 
@@ -605,9 +617,13 @@ def is_saving_or_loading() -> bool:
     """Whether Keras reads or writes a file, and this is called from there.
 
     It goes through all attributes then, and reads those that compute something, too.
+    A state tree is what `OrbaxCheckpoint` writes.
     """
-    names = (frame.f_globals.get("__name__", "") for frame in _callers())
-    return any(name.startswith("keras.src.saving.") for name in names)
+    return any(
+        frame.f_globals.get("__name__", "").startswith("keras.src.saving.")
+        or frame.f_code.co_name in ("get_state_tree", "set_state_tree")
+        for frame in _callers()
+    )
 
 
 def is_refusing_a_file() -> bool:

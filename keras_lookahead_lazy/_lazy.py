@@ -16,6 +16,7 @@ from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _ta
 from keras_lookahead_lazy._accumulation import ROWS_PER_ID, RowAccumulator
 from keras_lookahead_lazy._arguments import (
     check_choice,
+    check_rows_may_rest,
     check_slots_are_known,
     check_weights,
 )
@@ -70,6 +71,7 @@ class LazyOptimizer(OptimizerWrapper):
             default, takes the table of every Embedding layer.
         moments: what slots of rows that were not sampled do. `"decay"`: what the
             inner optimizer's slots do under a zero gradient. `"freeze"`: they stay.
+            Defaults to `"decay"`.
         name: name of the optimizer.
 
     Raises:
@@ -180,10 +182,11 @@ class LazyOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = check_weights(variables)
+        engine.check_distribution(variables)
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         found, frozen = _tables.find_tables(self._sources, variables, weights)
-        if frozen:
+        if frozen and variables:
             warnings.warn(
                 f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
                 "All other weights are trained. After unfreezing, compile the model "
@@ -222,11 +225,12 @@ class LazyOptimizer(OptimizerWrapper):
             reason += "one by one and to decay in closed form"
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
+        name = variable.path.replace("/", "_")  # as slots are named
         last_update = self.add_variable(
             shape=variable.shape[:1],
             dtype="int32",
             layout=engine.row_layout(variable),
-            name="last_update",
+            name=f"{name}_last_update",
         )
         return Table(
             variable,
@@ -234,21 +238,28 @@ class LazyOptimizer(OptimizerWrapper):
             slots_by_row=slots_by_row,
             log_rates=log_rates or {},
             last_update=last_update,
-            caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
-            left_out=self.add_variable(shape=(), dtype="int32", name="left_out"),
+            caught_up=self._add_number(f"{name}_caught_up"),
+            left_out=self._add_number(f"{name}_left_out"),
             reason=reason,
-            accumulator=self._make_accumulator(variable) if not reason else None,
+            accumulator=self._make_accumulator(variable, name) if not reason else None,
         )
 
-    def _make_accumulator(self, variable: keras.Variable) -> RowAccumulator | None:
+    def _make_accumulator(
+        self, variable: keras.Variable, name: str
+    ) -> RowAccumulator | None:
         if not self.gradient_accumulation_steps:
             return None
         length = max(1, variable.shape[0] // ROWS_PER_ID)
         return RowAccumulator(
             _keras.accumulator(_keras.innermost(self._inner), variable),
-            ids=self.add_variable(shape=(length,), dtype="int32", name="accumulated"),
-            count=self.add_variable(shape=(), dtype="int32", name="accumulated_count"),
+            ids=self.add_variable(
+                shape=(length,), dtype="int32", name=f"{name}_accumulated"
+            ),
+            count=self._add_number(f"{name}_accumulated_count"),
         )
+
+    def _add_number(self, name: str) -> keras.Variable:
+        return self.add_variable(shape=(), dtype="int32", name=name)
 
     # A step
 
@@ -606,3 +617,4 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
                 f"This {inside} already works inside another LazyOptimizer. "
                 "Give each its own inner optimizer."
             )
+    check_rows_may_rest(_keras.innermost(inner_optimizer))

@@ -168,7 +168,7 @@ class OptimizerWrapper(keras.Optimizer):
         weights = trainable_variables or _keras.weights(self)
         if not self.has_taken_rows():  # which have other shapes
             _arguments.check_gradients(grads, weights)
-        self._build_on_first_use(weights)
+        self.build(weights)
         self._check_known(weights, self)
         arrays = (
             ops.convert_to_tensor(g) if isinstance(g, np.ndarray) else g for g in grads
@@ -177,6 +177,14 @@ class OptimizerWrapper(keras.Optimizer):
 
     def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
         unknown = [v for v in variables if not _keras.is_known(optimizer, v)]
+        if unknown and not _keras.weights(optimizer):
+            cls = type(self).__name__
+            raise ValueError(
+                f"{type(optimizer).__name__} {optimizer.name!r} was built for no "
+                "weights, as Keras does when it loads a whole model from an old .h5 "
+                f"file. Compile the model with a new {cls}(...), and save it with "
+                "model.save('model.keras')."
+            )
         if unknown:
             paths = ", ".join(_keras.path(variable) for variable in unknown)
             raise ValueError(
@@ -198,11 +206,6 @@ class OptimizerWrapper(keras.Optimizer):
     def _apply(self, grads: list, variables: list | None) -> None:
         """One step. The optimizer is built, and there is a gradient at least."""
         raise NotImplementedError
-
-    def _build_on_first_use(self, variables: list) -> None:
-        if not self.built:
-            with keras.name_scope(self.name):
-                self.build(variables)
 
     def _apply_inner(self, grads: list, variables: list | None) -> Any:
         """Let the inner optimizer work.

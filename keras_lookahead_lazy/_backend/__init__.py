@@ -217,6 +217,13 @@ class Engine(Protocol):
 
     # The rest
 
+    def check_distribution(self, variables: Sequence[Any]) -> None:
+        """Raise `ValueError` where replicas do not make each update together.
+
+        Args:
+            variables: the weights to train.
+        """
+
     def apply(
         self,
         optimizer: keras.Optimizer,

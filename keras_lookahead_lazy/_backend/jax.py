@@ -419,6 +419,10 @@ def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> t
 # The rest
 
 
+def check_distribution(variables: Sequence[Any]) -> None:
+    """Keras distributes programs that run in step."""
+
+
 def apply(
     optimizer: keras.Optimizer,
     grads: list,

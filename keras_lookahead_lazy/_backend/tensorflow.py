@@ -342,6 +342,20 @@ def sync_rows(
 # The rest
 
 
+def check_distribution(variables: Sequence[Any]) -> None:
+    """Refuse parameter servers, in whose scope the weights are or have been made."""
+    in_scope = isinstance(
+        tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy
+    )
+    if in_scope or any("/job:ps/" in _native(v).device for v in variables):
+        raise ValueError(
+            "Lookahead and LazyOptimizer count the updates that all workers make "
+            "together. Under tf.distribute.ParameterServerStrategy each worker makes "
+            "updates of its own, at any time. Use tf.distribute.MirroredStrategy on "
+            "one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
+        )
+
+
 def apply(
     optimizer: keras.Optimizer,
     grads: list,
