@@ -37,6 +37,14 @@ def age(now: Any, number: Any) -> Any:
     return ops.where(steps < 0, LONGEST, steps)
 
 
+def kept_old(now: Any, last_update: Any) -> Any:
+    """The same numbers, of which very old ones will not wrap around to be new ones."""
+    half = 2**30
+    steps = now - last_update
+    is_old = ops.logical_or(steps > half, steps < -half)
+    return ops.where(is_old, add(now, -half), last_update)
+
+
 def steps_missed(now: Any, last_update: Any, caught_up: Any) -> Any:
     """How many steps the slots of each row are behind, after update `now`."""
     return ops.minimum(age(now, last_update), age(now, caught_up))

@@ -501,15 +501,9 @@ class LazyOptimizer(OptimizerWrapper):
                 for name, value in zip(slots, values, strict=True)
             }
             _catch_up.decay(views, log_rates, missed)
-            # A row that has been idle for very long shall not seem to be young again.
-            oldest = _catch_up.add(updates, -_catch_up.LONGEST)
-            is_old = missed_by(last_update) == _catch_up.LONGEST
-            last_update = ops.where(is_old, oldest, last_update)
             now = updates + ops.zeros_like(caught_up)
+            last_update = _catch_up.kept_old(updates, last_update)
             return now, last_update, *(view.value for view in views.values())
-
-        def missed_by(last_update: Any) -> Any:
-            return _catch_up.age(updates, last_update)
 
         engine.update((table.caught_up, table.last_update, *slots.values()), catch_up)
 

@@ -412,12 +412,11 @@ class OptimizerWrapper(keras.Optimizer):
                 f"it has format {form}, and this version of keras_lookahead_lazy "
                 f"knows formats up to {FORMAT}. Load it with a newer version."
             )
-        missing = set(map(str, range(len(variables)))) - set(names)
-        if names and missing and len(missing) < len(variables) and self._fits(stored):
+        missing = set(range(max(map(int, names), default=0))) - set(map(int, names))
+        if missing:
             return (
-                f"its parts {', '.join(sorted(missing, key=int))} of "
-                f"{len(variables)} are missing. It may have been cut short; load an "
-                "earlier one."
+                f"its parts {', '.join(map(str, sorted(missing)))} are missing. It may "
+                "have been cut short; load an earlier one."
             )
         shapes = [stored[name].shape for name in sorted(names, key=int)]
         if shapes == [tuple(v.shape) for v in variables] and self._fits(stored):

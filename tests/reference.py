@@ -646,19 +646,16 @@ class Reference:
     def _back_up(
         self, cycle: Cycle, sampled: list[Array], left_out: Collection[int]
     ) -> None:
-        """phi = theta before the first update; of a table's row, before the first of
-        the cycle that moves it. Overwriting with averages moves every row."""
+        """phi = theta before the first update, and which rows the cycle moves.
+
+        Overwriting with averages moves every row, as do Lookaheads in each other."""
         if cycle.slow_weights is None:
             cycle.slow_weights, cycle.slow_slots = list(self.weights), self.slots
         if self.optimizer.ema_overwrite_frequency or len(self.cycles) > 1:
             return
         for i, rows in zip(self.tables, sampled, strict=True):
             if i not in left_out:
-                moved = cycle.moved.get(i, np.zeros_like(rows))
-                cycle.slow_weights[i] = only_rows(
-                    rows & ~moved, self.weights[i], cycle.slow_weights[i]
-                )
-                cycle.moved[i] = moved | rows
+                cycle.moved[i] = cycle.moved.get(i, np.zeros_like(rows)) | rows
 
     def _initial_slots(self) -> list[Slots]:
         slots = self.optimizer.slots
@@ -718,11 +715,14 @@ class Reference:
         before, slow_weights = self.weights, cycle.slow_weights
         pairs = zip(slow_weights, before, strict=True)
         self.weights = [lookahead(slow, fast, cycle.alpha) for slow, fast in pairs]
+        cycle.slow_weights = list(self.weights)
         for i, moved in cycle.moved.items():
             self.weights[i] = only_rows(moved, self.weights[i], before[i])
+            cycle.slow_weights[i] = only_rows(
+                moved, cycle.slow_weights[i], slow_weights[i]
+            )
         for i in left_out:  # the slow copy follows
-            self.weights[i] = before[i]
-        cycle.slow_weights = list(self.weights)
+            self.weights[i] = cycle.slow_weights[i] = before[i]
         cycle.moved = {i: np.zeros_like(moved) for i, moved in cycle.moved.items()}
         if cycle.inner_state == "reset":
             self.slots = self._initial_slots()

@@ -84,7 +84,8 @@ def test_logs(case):
             squares = [np.sum((a - b) ** 2) for a, b in zip(fast, slow, strict=True)]
             assert distance == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
     if case != "Lookahead":
-        expected |= {f"sampled/{TABLE}", f"never_sampled/{TABLE}"}
+        kinds = "sampled", "never_sampled", "by_rows"
+        expected |= {f"{kind}/{TABLE}" for kind in kinds}
         seen: set[int] = set()
         for epoch, ids in enumerate(ids_by_epoch()):
             seen |= set(ids.flat)

@@ -142,7 +142,7 @@ def test_constraint_moves_no_row_that_was_not_sampled(axis, mode):
         assert_same_bits([ours[0][idle]], [before[idle]])
         before = ours[0]
     form = optimizer.step_forms["words/embeddings"]
-    assert form == "rows" if axis == 1 else form.startswith("masked")
+    assert form.startswith("rows" if axis == 1 else "masked")
     # For anybody else the table still has the user's constraint.
     table = run.variables[0]
     constrained = keras.ops.convert_to_numpy(table.constraint(table))

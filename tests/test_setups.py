@@ -1,6 +1,7 @@
 """Ordinary set-ups train as Keras does, and a step costs its rows in each of them."""
 
 import contextlib
+import warnings
 
 import keras
 import numpy as np
@@ -106,10 +107,11 @@ def test_a_large_table_warns_once(monkeypatch):
     (form,) = lazy.step_forms.values()
     assert form.endswith("(expected)")
     x, y = make_batches(2)
-    with pytest.warns(UserWarning, match="embeddings_regularizer") as warned:
-        for each in zip(x, y, strict=True):
-            model.train_on_batch(*each)
-    assert sum("passes over all" in str(each.message) for each in warned) == 1
+    with pytest.warns(UserWarning, match="passes over all .* embeddings_regularizer"):
+        model.train_on_batch(x[0], y[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train_on_batch(x[1], y[1])
 
 
 @pytest.mark.parametrize("jit", JIT)
@@ -184,7 +186,7 @@ def test_accumulation_of_batches_of_other_sizes(jit):
 
 @pytest.mark.parametrize("jit", JIT)
 def test_a_skipped_step_changes_nothing(jit):
-    """Loss scaling skips a step whose gradients are not finite, and halves the scale."""
+    """Loss scaling skips a step whose gradients are infinite, and halves the scale."""
     with dtype_policy("mixed_float16"):
         lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
         model = make_model(Lookahead(lazy, k=2), {}, jit)
