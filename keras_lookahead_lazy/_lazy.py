@@ -265,6 +265,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _apply(self, grads: list, variables: list | None) -> None:
         """Let the inner optimizer update the weights, the tables by sampled rows."""
+        self.refresh_rates()
         weights = variables or _keras.weights(self)
         given = {
             _keras.key(self, weight)
@@ -280,6 +281,21 @@ class LazyOptimizer(OptimizerWrapper):
                 engine.write_count(table.left_out, _catch_up.add(left_out, updated))
         updates = _catch_up.add(engine.read_count(self._counter), updated)
         engine.write_count(self._counter, updates)
+
+    def refresh_rates(self) -> None:
+        """Take what the inner optimizer's settings say now of its slots.
+
+        Steps that rows missed before count with the old rates.
+        """
+        if not self.built:
+            return
+        log_rates = _decay_rates.log_rates(_keras.innermost(self._inner))
+        changed = [t for t in self._tables.values() if not t.every_row]
+        changed = [table for table in changed if table.log_rates != log_rates]
+        if changed and not engine.is_recording():
+            self.catch_up()
+        for table in changed:
+            table.log_rates = log_rates or {}
 
     def _updates(self, table: Table) -> Any:
         """The number of updates that a table has had so far."""

@@ -249,6 +249,9 @@ class OptimizerWrapper(keras.Optimizer):
         inside = self._wrapper_inside()
         return inside is not None and inside.has_taken_rows()
 
+    def refresh_rates(self) -> None:
+        """Called where settings of the inner optimizer may have changed."""
+
     def catch_up(self) -> None:
         """Make the slots of every row current."""
         inside = self._wrapper_inside()
@@ -514,3 +517,4 @@ def _note(model: keras.Model) -> None:
     for optimizer in chain(model.optimizer):
         if isinstance(optimizer, OptimizerWrapper):
             optimizer.__dict__["_model"] = weakref.ref(model)
+            optimizer.refresh_rates()

@@ -291,3 +291,44 @@ def test_a_step_that_raised_leaves_no_ids():
 
 def raise_error(*_):
     raise RuntimeError("as asked")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_momentum_that_is_set_between_steps(compiled):
+    """Steps missed before it count with the old momentum, later ones with the new."""
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    lazy = LazyOptimizer(inner)
+    model = make_model(lazy)
+    if compiled:
+        model.compile(lazy, "mse")
+    momentum = [np.zeros(w.shape) for w in model.get_weights()]
+    rng = np.random.default_rng(3)
+    weights = [w.astype("float64") for w in model.get_weights()]
+    for step in range(8):
+        if step == 4:
+            inner.momentum = 0.5
+            if compiled:
+                model.compile(lazy, "mse")
+        rate = 0.9 if step < 4 else 0.5
+        x = rng.integers(0, SAMPLED, (2, 4)).astype("int32")
+        y = rng.normal(size=(2, 1)).astype("float32")
+        gradients = gradients_of(weights, x, y)
+        for i, gradient in enumerate(gradients):
+            momentum[i] = rate * momentum[i] - 0.1 * gradient
+            moved = np.ones(len(gradient), bool)
+            if len(gradient) == ROWS:
+                moved = np.any(gradient != 0, axis=1)
+            weights[i][moved] += momentum[i][moved]
+        model.train_on_batch(x, y)
+        for ours, expected in zip(model.get_weights(), weights, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-6)
+
+
+def gradients_of(weights, x, y):
+    """Of the mean squared error, for words, tags, kernel and bias."""
+    words, tags, kernel, bias = weights
+    flat = (words[x] + tags[x]).reshape(len(x), -1)
+    error = 2 * (flat @ kernel + bias - y) / len(x)
+    table = np.zeros_like(words)
+    np.add.at(table, x, (error @ kernel.T).reshape(*x.shape, -1))
+    return [table, table.copy(), flat.T @ error, error.sum(axis=0)]
