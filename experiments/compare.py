@@ -55,6 +55,20 @@ def difference(again: Any, before: Any) -> str:
     return f"{farthest} is {first[farthest]}, was {second[farthest]}"
 
 
+def differing(settings: Settings, before: Settings) -> str:
+    """Say which settings two runs do not share, and what each has."""
+    first, second = dict(numbers(settings)), dict(numbers(before))
+    return ", ".join(
+        f"{name} is {_shown(first, name)}, was {_shown(second, name)}"
+        for name in {**second, **first}
+        if _shown(first, name) != _shown(second, name)
+    )
+
+
+def _shown(settings: Settings, name: str) -> str:
+    return repr(settings[name]) if name in settings else "not set"
+
+
 def against_seeds(again: Record, committed: Iterable[Record]) -> tuple[bool, str]:
     """Say whether a run lies where further seeds would, and in words."""
     measure = MEASURES.get(again["experiment"], "")
@@ -112,7 +126,8 @@ def _compare(record: Record, committed: Mapping[Any, Record]) -> tuple[bool, str
     if before is None:
         return False, "not in experiments/results"
     if before["settings"] != record["settings"]:
-        return False, "of other settings"
+        settings = differing(record["settings"], before["settings"])
+        return False, f"made with other settings: {settings}"
     off = difference(record["results"], before["results"])
     if not off:
         return True, "equal"

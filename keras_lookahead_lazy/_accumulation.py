@@ -66,9 +66,7 @@ class RowAccumulator:
 
     def clear_rows(self, gradient: RowGradient) -> None:
         """Make the rows zero again."""
-        accumulated = engine.replica(self.gradients, self.gradients)
-        zeros = ops.zeros_like(gradient.by_row())
-        engine.write_rows([accumulated], gradient.indices, [zeros])
+        engine.clear_rows(self.gradients, gradient)
         engine.write_count(self.count, 0)
 
     def clear(self) -> None:

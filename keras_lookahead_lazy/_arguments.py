@@ -175,6 +175,47 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
+def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
+    """Raise `ValueError` for an inner state that a schedule-free optimizer cannot have.
+
+    Its slot z holds weights, as the model's variable y does, and its average is
+    x = (y - (1 - beta_1) z) / beta_1. A sync of y alone ("maintain") moves x by
+    1 / beta_1 of that and leaves z ahead: x is then no average of anything. A sync of
+    both ("interpolate") is a sync of x, for x is linear in them.
+    """
+    inside = _keras.schedule_free(optimizer)
+    if inside is None or inner_state == "interpolate":
+        return
+    kind, last = type(inside).__name__, _keras.innermost(optimizer)
+    write = f"Lookahead({kind}(...), inner_state='interpolate')"
+    if inside is not last:
+        write += f" inside the {type(last).__name__}"
+    raise ValueError(
+        f"{kind} keeps weights in its slots and computes an average of them from those "
+        "and the model's weights. A sync has to move both, or the average is lost. "
+        f"Received: inner_state={inner_state!r}. Write {write}."
+    )
+
+
+def check_rows_may_rest(optimizer: keras.Optimizer) -> None:
+    """Raise `ValueError` for an optimizer that has to move weights in every step.
+
+    A schedule-free optimizer moves its average x a t-th of the way to z in update t,
+    also where the gradient is zero. A row that rests between its samples misses that:
+    sampled first in update t, its weights y = (1 - beta_1) z + beta_1 x stay near
+    where they were, whatever z does.
+    """
+    if _keras.schedule_free(optimizer) is not None:
+        kind = type(optimizer).__name__
+        raise ValueError(
+            f"LazyOptimizer cannot go around {kind}. It averages over all steps, so "
+            "every weight moves in every step, also without a gradient; rows that stay "
+            "where they are between their samples would hardly be trained. Use "
+            "LazyOptimizer(AdamW(...)) with a learning rate schedule. To keep "
+            f"{kind} for the other weights, put both into a MultiOptimizer."
+        )
+
+
 def check_type(name: str, value: Any, cls: type, says: str) -> None:
     """Raise `TypeError` for an argument that is no instance of a class."""
     if not isinstance(value, cls):

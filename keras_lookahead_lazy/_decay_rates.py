@@ -1,7 +1,18 @@
-"""What the slots of Keras's element-wise optimizers do under a zero gradient.
+"""What the slots of an optimizer do under a zero gradient.
 
-With a zero gradient every one of them multiplies each slot by a constant, so a
-row that missed n steps catches up with one power. Derived from the equations:
+The row step needs to know it: a row that missed n steps catches up with one power. An
+optimizer of your own says so with a method,
+
+    def slot_decay_rates(self) -> dict[str, float]:
+        return {"_accumulators": 1.0}
+
+which gives for each slot, by the name of the list that holds it, the factor by which a
+step with a zero gradient multiplies it. With the method the optimizer also says that
+whatever it does to a gradient, in `apply` or in `update_step`, it does to each row by
+itself. It speaks for its class and the classes above; a class below it that has an
+`update_step` or `apply` of its own has to say so again.
+
+For Keras's optimizers the factors follow from the equations:
 
 * SGD:      m <- momentum m
 * Adam:     m <- beta_1 m,  v <- beta_2 v,  max(v_hat, v) = v_hat as v only shrinks
@@ -21,6 +32,8 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+
+from keras_lookahead_lazy import _keras
 
 _RATES: dict[type, Callable[[Any], dict[str, float]]] = {
     keras.optimizers.SGD: lambda o: {"momentums": o.momentum},
@@ -55,21 +68,26 @@ def log_rates(optimizer: keras.Optimizer) -> dict[str, float] | None:
     Returns:
         `None` for an optimizer whose step on a row depends on other rows (Lamb,
         Adafactor, Muon), whose slots do not decay in closed form (Ftrl with
-        shrinkage, which adds a multiple of the weight in every step), or whose
-        `update_step` is the user's own.
+        shrinkage, which adds a multiple of the weight in every step), or that has a
+        step of its own and does not say what its slots do.
     """
-    update_steps = {_update_step(known): rates for known, rates in _RATES.items()}
-    rates = update_steps.get(_update_step(type(optimizer)))
+    rates = _rates(optimizer)
     if rates is None or getattr(
         optimizer, "l2_shrinkage_regularization_strength", False
     ):
         return None
     # exp(-1e4) is 0 in every float type, as 0 ** n is; 0 * -inf would be nan.
-    return {
-        name: math.log(rate) if rate else -1e4
-        for name, rate in rates(optimizer).items()
-    }
+    return {name: math.log(rate) if rate else -1e4 for name, rate in rates.items()}
 
 
-def _update_step(cls: type) -> Callable:
-    return cls.update_step  # type: ignore[attr-defined]
+def _rates(optimizer: keras.Optimizer) -> dict[str, float] | None:
+    if _keras.has_step_of_its_own(vars(optimizer)):
+        return None
+    for cls in type(optimizer).__mro__:
+        if "slot_decay_rates" in vars(cls):
+            return optimizer.slot_decay_rates()
+        if cls in _RATES:
+            return _RATES[cls](optimizer)
+        if _keras.has_step_of_its_own(vars(cls), cls.__module__):
+            return None
+    return None

@@ -24,6 +24,8 @@ class Insight(keras.callbacks.Callback):
       it is 0, so is the distance: let the epoch's steps be no multiple of `k`.
     - `sampled/TABLE`, for each table of a `LazyOptimizer`: the share of its rows that
       was sampled in the epoch.
+    - `by_rows/TABLE`: 1 if the last step worked on the table's rows, 0 if it passed
+      over the whole table; `LazyOptimizer.step_forms` has the reason.
     - `never_sampled/TABLE`: the share that has not been sampled since the optimizer
       was made, also in a training that was saved and goes on.
 
@@ -78,6 +80,10 @@ class Insight(keras.callbacks.Callback):
             ever = self._lazy.sampled_shares(dict.fromkeys(in_epoch, 0))
             logs.update({f"sampled/{name}": share for name, share in in_epoch.items()})
             logs.update({f"never_sampled/{n}": 1 - share for n, share in ever.items()})
+            forms = self._lazy.step_forms.items()
+            logs.update(
+                {f"by_rows/{name}": int(form == "rows") for name, form in forms}
+            )
 
 
 def _first(optimizers: list, cls: type) -> Any:

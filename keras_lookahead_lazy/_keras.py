@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -24,6 +24,7 @@ from keras.src.backend.common.stateless_scope import (
     get_stateless_scope,
     in_stateless_scope,
 )
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import no_automatic_dependency_tracking
@@ -60,6 +61,18 @@ def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
     The attribute `inner_optimizer` of a `LazyOptimizer` makes slots current, too.
     """
     return vars(optimizer).get("inner_optimizer")
+
+
+def schedule_free(optimizer: keras.Optimizer) -> keras.Optimizer | None:
+    """The schedule-free optimizer at the end of a chain, or in a container there.
+
+    Keras has one since 3.15. (A `MultiOptimizer` with a function knows its optimizers
+    when it is built.)
+    """
+    cls = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
+    last = innermost(optimizer)
+    candidates = [last, *map(innermost, getattr(last, "optimizers", []))]
+    return next((each for each in candidates if isinstance(each, cls)), None)
 
 
 def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
@@ -212,6 +225,33 @@ def nested_scope(pairs: Iterable[tuple]) -> keras.StatelessScope:
     return scope
 
 
+# Where a gradient goes on its way to a weight.
+_STEP = {
+    "apply",
+    "apply_gradients",
+    "stateless_apply",
+    "_backend_apply_gradients",
+    "_backend_update_step",
+    "_clip_gradients",
+    "_apply_weight_decay",
+    "update_step",
+}
+
+
+def has_step_of_its_own(attributes: Mapping[str, Any], module: str = "") -> bool:
+    """Whether a class, or an optimizer, changes what is done to a gradient.
+
+    Of Keras's own classes only `update_step` differs from one to the other.
+
+    Args:
+        attributes: those of the class or of the optimizer itself.
+        module: the class's.
+    """
+    own = {"update_step"} if module.startswith("keras.src.") else _STEP
+    taken_over = {name for name in own if hasattr(attributes.get(name), "_is_ours")}
+    return bool((own - taken_over) & attributes.keys())
+
+
 class UnstoredVariable(keras.Variable):
     """A value that behaves like a variable and has no storage.
 
@@ -328,6 +368,8 @@ def take_over(
         if others:
             decay_weights(others)
 
+    update_weight._is_ours = True  # type: ignore[attr-defined]
+    decay_others._is_ours = True  # type: ignore[attr-defined]
     optimizer.update_step = update_weight
     optimizer._apply_weight_decay = decay_others
     if hasattr(optimizer, "_parallel_update_step"):
@@ -362,6 +404,7 @@ def _take_over_parallel_update(
         for gradient, variable in taken:
             optimizer.update_step(gradient, variable, learning_rate)
 
+    update._is_ours = True  # type: ignore[attr-defined]
     optimizer._backend_update_step = update
 
 
@@ -383,6 +426,7 @@ def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
         optimizer._apply_weight_decay(variables)
         optimizer._backend_update_step(grads, variables, optimizer.learning_rate)
 
+    update._is_ours = True  # type: ignore[attr-defined]
     vars(optimizer)["_backend_apply_gradients"] = update
     try:
         yield
@@ -390,9 +434,14 @@ def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
         del vars(optimizer)["_backend_apply_gradients"]
 
 
+def own_variables(optimizer: keras.Optimizer) -> list:
+    """The variables that an optimizer has itself, as they are stored."""
+    return list(vars(optimizer)["_variables"])
+
+
 def all_variables(optimizer: keras.Optimizer) -> list:
-    """The variables of an optimizer and of those inside, as they are stored."""
-    return [v for each in chain(optimizer) for v in vars(each)["_variables"]]
+    """The same, with those of the optimizers inside."""
+    return [v for each in chain(optimizer) for v in own_variables(each)]
 
 
 def unique(variables: Iterable) -> list:
@@ -450,6 +499,12 @@ def step_on_rows(
 # Models, their calls and callbacks
 
 
+def stored_value(variable: keras.Variable) -> Any:
+    """A variable's own value; a layer with mixed precision would see a copy, cast."""
+    with AutocastScope(None):
+        return variable.value
+
+
 def looked_up_table(layer: keras.layers.Embedding) -> keras.Variable:
     """The variable of which an Embedding looks up rows; with LoRA, that it trains."""
     return layer.lora_embeddings_a if layer.lora_enabled else layer._embeddings
@@ -461,8 +516,10 @@ def with_lora(layer: keras.layers.Embedding, ids: Any, rows: Any) -> Any:
         return rows
     # Keras has `lora_alpha` since 3.11.
     scale = getattr(layer, "lora_alpha", layer.lora_rank) / layer.lora_rank
-    return ops.take(layer._embeddings, ids, axis=0) + scale * ops.matmul(
-        rows, layer.lora_embeddings_b
+    dtype, frozen = layer.compute_dtype, stored_value(layer._embeddings)
+    frozen_rows = ops.cast(ops.take(frozen, ids, axis=0), dtype)
+    return frozen_rows + scale * ops.matmul(
+        ops.cast(rows, dtype), layer.lora_embeddings_b
     )
 
 
@@ -560,9 +617,13 @@ def is_saving_or_loading() -> bool:
     """Whether Keras reads or writes a file, and this is called from there.
 
     It goes through all attributes then, and reads those that compute something, too.
+    A state tree is what `OrbaxCheckpoint` writes.
     """
-    names = (frame.f_globals.get("__name__", "") for frame in _callers())
-    return any(name.startswith("keras.src.saving.") for name in names)
+    return any(
+        frame.f_globals.get("__name__", "").startswith("keras.src.saving.")
+        or frame.f_code.co_name in ("get_state_tree", "set_state_tree")
+        for frame in _callers()
+    )
 
 
 def is_refusing_a_file() -> bool:

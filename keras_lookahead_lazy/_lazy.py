@@ -9,22 +9,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _decay_rates, _keras, _look_ups, _tables
 from keras_lookahead_lazy._accumulation import ROWS_PER_ID, RowAccumulator
 from keras_lookahead_lazy._arguments import (
     check_choice,
+    check_rows_may_rest,
     check_slots_are_known,
     check_weights,
 )
-from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._row_step import Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 MOMENTS = ("decay", "freeze")
+# A table with more rows is large: a step that passes over it is worth a warning.
+LARGE = 10**5
+REGULARIZED = (
+    "the table's embeddings_regularizer gives every row a gradient. The layer's "
+    "activity_regularizer penalises the looked-up rows only"
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -63,6 +71,7 @@ class LazyOptimizer(OptimizerWrapper):
             default, takes the table of every Embedding layer.
         moments: what slots of rows that were not sampled do. `"decay"`: what the
             inner optimizer's slots do under a zero gradient. `"freeze"`: they stay.
+            Defaults to `"decay"`.
         name: name of the optimizer.
 
     Raises:
@@ -95,7 +104,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _remember(self, **attributes: Any) -> None:
         """Set attributes that neither Keras nor TensorFlow shall track and save."""
-        vars(self).update(attributes)
+        self.__dict__.update(attributes)
 
     @property
     def moments(self) -> str:
@@ -116,19 +125,44 @@ class LazyOptimizer(OptimizerWrapper):
 
     @property
     def step_forms(self) -> dict[str, str]:
-        """How each table's step is computed, by the table's name.
+        """How the last step was computed, for each table by its name.
 
         The name is the path, with the position among the weights (`path:3`) where
         two tables share it.
 
-        `"rows"`: on the sampled rows, in steps whose gradient consists of look-ups.
-        (With a tied projection it does not, and a step looks at every row.)
-        `"masked: ..."`: on the whole table with the result masked, and why.
+        `"rows"`: the step worked on the looked-up rows. `"masked: ..."`: it worked on
+        the whole table and masked the result, for the reason given. In a compiled step
+        this is what was seen when it was traced. Before the first step it is what is
+        expected, which ends in `" (expected)"`.
         """
-        tables, dense = self._tables.values(), self._why_gradients_are_dense()
-        reasons = [table.reason or dense for table in tables]
-        forms = [f"masked: {reason}" if reason else "rows" for reason in reasons]
+        forms = [
+            table.form or f"{self._form(table, None)} (expected)"
+            for table in self._tables.values()
+        ]
         return dict(zip(self._table_names(), forms, strict=True))
+
+    def _form(self, table: Table, seen: str | None) -> str:
+        """How a step on a table is computed.
+
+        Args:
+            seen: why its gradient is dense, if it is.
+        """
+        reason = table.reason or self._why_gradients_are_dense() or seen
+        if reason is not None:
+            return f"masked: {reason}"
+        return "rows; use_ema averages every row" if self.use_ema else "rows"
+
+    def _note_form(self, table: Table, seen: str | None) -> None:
+        table.form = self._form(table, seen)
+        rows = table.variable.shape[0]
+        if table.form == "rows" or rows <= LARGE or table.has_warned:
+            return
+        table.has_warned = True
+        warnings.warn(
+            f"Each step passes over all {rows} rows of {_keras.path(table.variable)} "
+            f"({table.form}). See `step_forms` and the page on large embedding tables.",
+            stacklevel=2,
+        )
 
     def _table_names(self) -> list[str]:
         tables = [table.variable for table in self._tables.values()]
@@ -148,10 +182,11 @@ class LazyOptimizer(OptimizerWrapper):
         if self.built:
             return
         variables = check_weights(variables)
+        engine.check_distribution(variables)
         _check_nesting(self._inner)
         weights = getattr(self._model(), "weights", [])
         found, frozen = _tables.find_tables(self._sources, variables, weights)
-        if frozen:
+        if frozen and variables:
             warnings.warn(
                 f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
                 "All other weights are trained. After unfreezing, compile the model "
@@ -190,11 +225,12 @@ class LazyOptimizer(OptimizerWrapper):
             reason += "one by one and to decay in closed form"
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
+        name = variable.path.replace("/", "_")  # as slots are named
         last_update = self.add_variable(
             shape=variable.shape[:1],
             dtype="int32",
             layout=engine.row_layout(variable),
-            name="last_update",
+            name=f"{name}_last_update",
         )
         return Table(
             variable,
@@ -202,21 +238,28 @@ class LazyOptimizer(OptimizerWrapper):
             slots_by_row=slots_by_row,
             log_rates=log_rates or {},
             last_update=last_update,
-            caught_up=self.add_variable(shape=(), dtype="int32", name="caught_up"),
-            left_out=self.add_variable(shape=(), dtype="int32", name="left_out"),
+            caught_up=self._add_number(f"{name}_caught_up"),
+            left_out=self._add_number(f"{name}_left_out"),
             reason=reason,
-            accumulator=self._make_accumulator(variable) if not reason else None,
+            accumulator=self._make_accumulator(variable, name) if not reason else None,
         )
 
-    def _make_accumulator(self, variable: keras.Variable) -> RowAccumulator | None:
+    def _make_accumulator(
+        self, variable: keras.Variable, name: str
+    ) -> RowAccumulator | None:
         if not self.gradient_accumulation_steps:
             return None
         length = max(1, variable.shape[0] // ROWS_PER_ID)
         return RowAccumulator(
             _keras.accumulator(_keras.innermost(self._inner), variable),
-            ids=self.add_variable(shape=(length,), dtype="int32", name="accumulated"),
-            count=self.add_variable(shape=(), dtype="int32", name="accumulated_count"),
+            ids=self.add_variable(
+                shape=(length,), dtype="int32", name=f"{name}_accumulated"
+            ),
+            count=self._add_number(f"{name}_accumulated_count"),
         )
+
+    def _add_number(self, name: str) -> keras.Variable:
+        return self.add_variable(shape=(), dtype="int32", name=name)
 
     # A step
 
@@ -263,18 +306,27 @@ class LazyOptimizer(OptimizerWrapper):
         finally:
             self._taken.clear()
 
+    def has_taken_rows(self) -> bool:
+        return bool(self._taken)
+
     def _take(self, gradient: Any, variable: Any) -> Any:
-        key = _keras.key(self, variable)
-        if key not in self._tables or gradient is None:
+        table = self._tables.get(_keras.key(self, variable))
+        if table is None or gradient is None:
             return gradient
-        computes = self._uses_whole_gradients()
-        if self._may_take_rows(self._tables[key]) and (
-            computes or not engine.KERAS_TAKES_ROWS
-        ):
-            found = engine.row_gradient(gradient, variable)
-            if found is not None:
-                self._taken[key] = found
+        computes, reason = self._uses_whole_gradients(), None
+        if self._may_take_rows(table):
+            if engine.takes_rows(gradient) and not computes:
+                self._note_form(table, None)
+                return gradient
+            found = engine.row_gradient(gradient, table.variable)
+            if isinstance(found, RowGradient):
+                self._note_form(table, None)
+                self._taken[_keras.key(self, variable)] = found
                 return found.sums
+            reason = found
+            if getattr(table.variable, "regularizer", None) is not None:
+                reason = REGULARIZED
+        self._note_form(table, reason)
         return (engine.sum_duplicates if computes else engine.whole)(gradient)
 
     def _may_take_rows(self, table: Table) -> bool:
@@ -319,16 +371,17 @@ class LazyOptimizer(OptimizerWrapper):
         inner, steps = _keras.innermost(self._inner), self.gradient_accumulation_steps
         weights = variables or _keras.weights(self)
         pairs = [p for p in zip(grads, weights, strict=True) if p[0] is not None]
-        sizes, are_known = {}, True  # of the lists of rows
+        sizes: dict[Any, int] = {}  # of the lists of rows
+        are_known: Any = True
         for gradient, weight in pairs:
             key = _keras.key(self, weight)
-            accumulator = key in self._tables and self._tables[key].accumulator
-            if not accumulator:
+            accumulator = self._accumulator(key)
+            if accumulator is None:
                 sums = _keras.accumulator(inner, weight)
                 sums.assign(sums.value + gradient)
             elif key in self._taken:
                 look_ups = self._taken[key].indices.shape[0]
-                accumulator.add_rows(self._taken[key])
+                accumulator.add_rows(self._taken[key]._replace(sums=gradient))
                 sizes[key] = accumulator.size(look_ups, steps)
                 are_known &= accumulator.has_rows(sizes[key])
             else:
@@ -348,6 +401,9 @@ class LazyOptimizer(OptimizerWrapper):
             else int(is_update)
         )
 
+    def _accumulator(self, key: Any) -> RowAccumulator | None:
+        return self._tables[key].accumulator if key in self._tables else None
+
     def _update_with_mean(self, weights: list, sizes: dict) -> None:
         """One update with the mean of the cycle's gradients, and zeros for the next.
 
@@ -359,24 +415,25 @@ class LazyOptimizer(OptimizerWrapper):
         means = []
         for weight in weights:
             key = _keras.key(self, weight)
-            if key in sizes:
-                rows = self._tables[key].accumulator.rows(sizes[key])
+            accumulator = self._accumulator(key)
+            if accumulator is not None and key in sizes:
+                rows = accumulator.rows(sizes[key])
                 self._taken[key] = rows
                 means.append(rows.sums / steps)
             else:
                 means.append(_keras.accumulator(inner, weight).value / steps)
         with _keras.without_accumulation(inner):
-            engine.apply(self._inner, means, weights, super().variables)
+            engine.apply(self._inner, means, weights, _keras.own_variables(self))
         for weight in _keras.weights(self):
             key = _keras.key(self, weight)
-            accumulator = key in self._tables and self._tables[key].accumulator
-            if key in sizes:
-                accumulator.clear_rows(self._taken[key])
-            elif accumulator:
-                accumulator.clear()
-            else:
+            accumulator = self._accumulator(key)
+            if accumulator is None:
                 sums = _keras.accumulator(inner, weight)
                 sums.assign(ops.zeros_like(sums.value))
+            elif key in sizes:
+                accumulator.clear_rows(self._taken[key])
+            else:
+                accumulator.clear()
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
@@ -500,6 +557,32 @@ class LazyOptimizer(OptimizerWrapper):
             for key, table in self._tables.items()
         }
 
+    def _saved_facts(self) -> dict[str, np.ndarray]:
+        facts, weights = super()._saved_facts(), _keras.weights(self)
+        keys = [_keras.key(self, weight) for weight in weights]
+        facts["tables"] = np.array([keys.index(key) for key in self._tables], "int32")
+        return facts
+
+    def _stores_differently(self, shapes: list[tuple]) -> bool:
+        rows = [table.last_update.shape for table in self._tables.values()]
+        return shapes == [(), *(shape for row in rows for shape in (tuple(row), ()))]
+
+    def _own_numbers(self) -> dict[str, float]:
+        return {"decays": float(self._moments == "decay")}
+
+    def _compare(self, numbers: dict[str, float]) -> None:
+        stored, own = numbers.get("decays"), self._own_numbers()["decays"]
+        if stored is not None and stored != own:
+            for table in self._tables.values():  # from here on slots decay, or stay
+                table.caught_up.assign(self._updates(table))
+            old, new = (MOMENTS[1 - int(decays)] for decays in (stored, own))
+            warnings.warn(
+                f"The file was saved with moments={old!r}; training goes on with "
+                f"moments={new!r}. To go on as before, make the LazyOptimizer with "
+                f"moments={old!r}.",
+                stacklevel=2,
+            )
+
     def _own_settings(self) -> dict[str, Any]:
         tables = [table.variable for table in self._tables.values()]
         names = _tables.source_names(
@@ -534,3 +617,4 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
                 f"This {inside} already works inside another LazyOptimizer. "
                 "Give each its own inner optimizer."
             )
+    check_rows_may_rest(_keras.innermost(inner_optimizer))

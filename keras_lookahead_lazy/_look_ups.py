@@ -31,7 +31,7 @@ def look_up_by_rows(optimizer: keras.Optimizer, tables: list[keras.Variable]) ->
     for table in tables:
         forget = functools.partial(_forget, id(table))
         _optimizers[id(table)] = weakref.ref(table, forget), weakref.ref(optimizer)
-    if tables and not hasattr(keras.layers.Embedding.call, "__wrapped__"):
+    if tables and not hasattr(keras.layers.Embedding.call, "_looks_up_by_rows"):
         keras.layers.Embedding.call = _call_by_rows(keras.layers.Embedding.call)
 
 
@@ -42,7 +42,9 @@ def _forget(key: int, _: weakref.ref) -> None:
 def _call_by_rows(call: Any) -> Any:
     @functools.wraps(call)
     def call_by_rows(self: keras.layers.Embedding, inputs: Any) -> Any:
-        table = _keras.looked_up_table(self)
+        # A property of a subclass's own may return something else than the table.
+        is_own = type(self).embeddings is not keras.layers.Embedding.embeddings
+        table = None if is_own else _keras.looked_up_table(self)
         if not _is_by_rows(table) or not engine.is_dense(inputs):
             return call(self, inputs)
         ids = inputs
@@ -51,6 +53,8 @@ def _call_by_rows(call: Any) -> Any:
         rows = _keras.with_lora(self, ids, engine.look_up(table, ids))
         return ops.cast(rows, dtype=self.compute_dtype)
 
+    # `functools.wraps` of another library's wrapper around this one copies it, too.
+    call_by_rows._looks_up_by_rows = True  # type: ignore[attr-defined]
     return call_by_rows
 
 

@@ -64,7 +64,8 @@ class Lookahead(OptimizerWrapper):
             for each weight (momenta, second moments): `"maintain"` leaves them,
             `"interpolate"` syncs them with a slow copy of their own, with the
             same `alpha`, `"reset"` gives them their initial value. Counters, and
-            with them schedules and bias correction, go on in all three.
+            with them schedules and bias correction, go on in all three. Defaults to
+            `"maintain"`.
         name: name of the optimizer.
 
     Raises:
@@ -98,6 +99,7 @@ class Lookahead(OptimizerWrapper):
             INNER_STATES,
             "what a sync does to the inner optimizer's slots",
         )
+        _arguments.check_inner_state(inner_state, self._inner)
         self.inner_state = inner_state
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -109,14 +111,16 @@ class Lookahead(OptimizerWrapper):
         if self.built:
             return
         variables = _arguments.check_weights(variables)
+        engine.check_distribution(variables)
         learned = [v for v in variables if not _is_set_by_its_layer(v)]
         innermost = _keras.innermost(self._inner)
         initial_values: list[float] = []
         if self.inner_state == "reset":  # which not every optimizer knows
             initial_values = _initial_values(innermost, learned)
+        if not self._inner.built:
+            self._inner.build(variables)
+        _arguments.check_inner_state(self.inner_state, self._inner)
         if self.inner_state != "maintain":
-            if not self._inner.built:
-                self._inner.build(variables)
             setting = f"inner_state={self.inner_state!r}"
             instead = "inner_state='maintain'"
             weights = _keras.weights(innermost)  # more, if some are frozen now

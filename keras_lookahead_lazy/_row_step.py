@@ -31,6 +31,8 @@ class Table:
             this table, which are no updates of it.
         reason: why each step has to work on every row, or `None`.
         accumulator: for gradient accumulation by rows.
+        form: how the last step was computed; empty before the first.
+        has_warned: whether the user knows that steps pass over the whole table.
         constraint: the table's, which has none while a step runs.
     """
 
@@ -43,6 +45,8 @@ class Table:
     left_out: keras.Variable
     reason: str | None
     accumulator: RowAccumulator | None = None
+    form: str = ""
+    has_warned: bool = False
     constraint: Any = None
 
     @property

@@ -32,6 +32,10 @@ def _setting(name: str) -> Any:
     return property(read, write, doc=f"`{name}` of the inner optimizer.")
 
 
+# Of the state in a file. Version 0.1 wrote none, which counts as 1.
+FORMAT = 2
+
+
 class OptimizerWrapper(keras.Optimizer):
     """An optimizer that lets another one compute the updates.
 
@@ -162,8 +166,9 @@ class OptimizerWrapper(keras.Optimizer):
                 "the variables along with the gradients."
             )
         weights = trainable_variables or _keras.weights(self)
-        _arguments.check_gradients(grads, weights)
-        self._build_on_first_use(weights)
+        if not self.has_taken_rows():  # which have other shapes
+            _arguments.check_gradients(grads, weights)
+        self.build(weights)
         self._check_known(weights, self)
         arrays = (
             ops.convert_to_tensor(g) if isinstance(g, np.ndarray) else g for g in grads
@@ -172,6 +177,14 @@ class OptimizerWrapper(keras.Optimizer):
 
     def _check_known(self, variables: list, optimizer: keras.Optimizer) -> None:
         unknown = [v for v in variables if not _keras.is_known(optimizer, v)]
+        if unknown and not _keras.weights(optimizer):
+            cls = type(self).__name__
+            raise ValueError(
+                f"{type(optimizer).__name__} {optimizer.name!r} was built for no "
+                "weights, as Keras does when it loads a whole model from an old .h5 "
+                f"file. Compile the model with a new {cls}(...), and save it with "
+                "model.save('model.keras')."
+            )
         if unknown:
             paths = ", ".join(_keras.path(variable) for variable in unknown)
             raise ValueError(
@@ -193,11 +206,6 @@ class OptimizerWrapper(keras.Optimizer):
     def _apply(self, grads: list, variables: list | None) -> None:
         """One step. The optimizer is built, and there is a gradient at least."""
         raise NotImplementedError
-
-    def _build_on_first_use(self, variables: list) -> None:
-        if not self.built:
-            with keras.name_scope(self.name):
-                self.build(variables)
 
     def _apply_inner(self, grads: list, variables: list | None) -> Any:
         """Let the inner optimizer work.
@@ -235,6 +243,11 @@ class OptimizerWrapper(keras.Optimizer):
         """Which rows of lazy tables moved lately, by the tables' keys."""
         inside = self._wrapper_inside()
         return {} if inside is None else inside.moved_rows()
+
+    def has_taken_rows(self) -> bool:
+        """Whether gradients of tables are sums over look-ups in the step that runs."""
+        inside = self._wrapper_inside()
+        return inside is not None and inside.has_taken_rows()
 
     def catch_up(self) -> None:
         """Make the slots of every row current."""
@@ -337,46 +350,47 @@ class OptimizerWrapper(keras.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         for i, variable in enumerate(super().variables):
-            store[str(i)] = self._value_to_save(variable)
+            store[str(i)] = ops.convert_to_numpy(variable)
         for name, number in self._own_numbers().items():
             store[name] = np.asarray(number)
+        for name, fact in self._saved_facts().items():
+            store[name] = fact
+
+    def _saved_facts(self) -> dict[str, np.ndarray]:
+        """What a file has to agree with, beside the shapes, to be loaded."""
+        return {"format": np.asarray(FORMAT)}
 
     def _own_numbers(self) -> dict[str, float]:
         """The arguments of the constructor that are numbers."""
         settings = self._own_settings().items()
         return {n: value for n, value in settings if isinstance(value, int | float)}
 
-    def _value_to_save(self, variable: keras.Variable) -> np.ndarray:
-        return ops.convert_to_numpy(variable)
-
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` stored.
+        """Load what `save_own_variables` stored: all of it, or nothing.
 
-        What another optimizer or model stored is left alone, with a warning, as
-        Keras's optimizers do. The weights may come from there all the same, so the
-        wrapper then starts anew: with the next update as its first. So it does,
-        without a warning, where the optimizer that was saved had not been built.
-        Of a file that Keras refuses, which it says later, nothing is taken.
+        If another optimizer or model was saved, or a part is missing, this warns, as
+        Keras's optimizers do, and starts anew: the next update is its first, and that
+        of the wrappers around it. It starts anew without a warning if the optimizer
+        that was saved had not been built. If Keras is going to reject the file (it
+        raises later), nothing is loaded.
         """
         if not self.built or _keras.is_refusing_a_file():
             return
         variables = super().variables
-        # All is read before any is assigned: reading may fail.
-        names = set(store.keys())
-        count = sum(name.isdecimal() for name in names)
-        stored = [np.array(store[str(i)]) for i in range(count)]
-        if [v.shape for v in stored] == [tuple(v.shape) for v in variables]:
-            numbers = names & set(self._own_numbers())
-            self._compare({name: np.array(store[name]).item() for name in numbers})
-            for variable, value in zip(variables, stored, strict=True):
-                variable.assign(value)
+        stored = {name: np.array(store[name]) for name in store.keys()}  # noqa: SIM118
+        names = [name for name in stored if name.isdecimal()]
+        problem = self._why_not_loaded(stored, names, variables)
+        if problem is None:
+            for i, variable in enumerate(variables):
+                variable.assign(stored[str(i)])
+            numbers = stored.keys() & self._own_numbers().keys()
+            self._compare({name: stored[name].item() for name in numbers})
             return
-        if [value.shape for value in stored] != [()] and not self._is_told:
+        was_built = [stored[name].shape for name in names] != [()]
+        if was_built and not self._is_told:
             warnings.warn(
-                f"The file holds no state for the optimizer {self.name!r} as it "
-                f"is: {len(stored)} variables are stored and {len(variables)} "
-                "expected. It was saved with another optimizer or model, or with "
-                f"none; {type(self).__name__} starts anew.",
+                f"The file holds no state for the optimizer {self.name!r} as it is: "
+                f"{problem} {type(self).__name__} starts anew.",
                 stacklevel=2,
             )
             for optimizer in chain(self)[1:]:  # which Keras loads next
@@ -385,6 +399,55 @@ class OptimizerWrapper(keras.Optimizer):
         for variable in variables:
             if "int" in variable.dtype:
                 variable.assign(ops.zeros_like(variable.value))
+        for wrapper in self.wrappers_around():
+            wrapper.begin_cycle()
+
+    def _why_not_loaded(
+        self, stored: dict[str, np.ndarray], names: list[str], variables: list
+    ) -> str | None:
+        """Why stored values cannot be this wrapper's state; `None` if they can."""
+        form = int(stored.get("format", 1))
+        if form > FORMAT:
+            return (
+                f"it has format {form}, and this version of keras_lookahead_lazy "
+                f"knows formats up to {FORMAT}. Load it with a newer version."
+            )
+        missing = set(map(str, range(len(variables)))) - set(names)
+        if names and missing and len(missing) < len(variables) and self._fits(stored):
+            return (
+                f"its parts {', '.join(sorted(missing, key=int))} of "
+                f"{len(variables)} are missing. It may have been cut short; load an "
+                "earlier one."
+            )
+        shapes = [stored[name].shape for name in sorted(names, key=int)]
+        if shapes == [tuple(v.shape) for v in variables] and self._fits(stored):
+            return None
+        if (
+            form < FORMAT
+            and "format" not in stored
+            and self._stores_differently(shapes)
+        ):
+            return (
+                "it was written by a version of keras_lookahead_lazy before 0.2.0. To "
+                "go on exactly, finish the training with that version, or load the "
+                "weights alone."
+            )
+        found = f"{len(names)} variables are stored and {len(variables)} expected."
+        if len(names) == len(variables):
+            found = "the stored variables have other shapes or are of other tables."
+        return f"{found} It was saved with another optimizer or model, or with none."
+
+    def _fits(self, stored: dict[str, np.ndarray]) -> bool:
+        """Whether what is stored was saved by a wrapper that does the same."""
+        facts = self._saved_facts()
+        return all(
+            name == "format" or np.array_equal(stored.get(name, fact), fact)
+            for name, fact in facts.items()
+        )
+
+    def _stores_differently(self, shapes: list[tuple]) -> bool:
+        """Whether an earlier version would have stored arrays of these shapes."""
+        return False
 
     def _compare(self, numbers: dict[str, float]) -> None:
         """Warn of a file of other arguments than this has."""

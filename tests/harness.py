@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 from reference import OPTIMIZERS as EQUATIONS
-from reference import EarlyMuon, Reference
+from reference import EarlyMuon, InPlaceScheduleFreeAdamW, Reference
 
 ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
@@ -76,6 +76,16 @@ if "rms_rate" not in inspect.signature(keras.optimizers.Muon).parameters:
     EQUATIONS["Muon"] = EarlyMuon
     if BACKEND == "tensorflow":  # on which that Muon cannot train, without us either
         OPTIMIZERS.pop()
+# This one goes inside Lookahead only.
+SCHEDULE_FREE: list[tuple[str, dict[str, Any]]] = [
+    ("ScheduleFreeAdamW", {"learning_rate": 0.01, "beta_2": 0.9}),
+    ("ScheduleFreeAdamW", {"learning_rate": 0.01, "warmup_steps": 5, "beta_1": 0.7}),
+    ("ScheduleFreeAdamW", {"learning_rate": 0.01, "weight_decay": 0.1}),
+]
+if not hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # which came with Keras 3.15
+    SCHEDULE_FREE = []
+if BACKEND != "jax":
+    EQUATIONS["ScheduleFreeAdamW"] = InPlaceScheduleFreeAdamW
 
 
 def name_of(case: Any) -> str | None:

@@ -437,11 +437,51 @@ class EarlyMuon(Muon):
         return max(1, w.shape[0] / w.shape[1]) ** 0.5
 
 
+@dataclass(kw_only=True)
+class ScheduleFreeAdamW(Optimizer):
+    """z, v in the slots; w lies between z and an average x of all z:
+
+    x = (w - (1 - beta_1) z) / beta_1
+    v: average of g^2,  z -= lr min(t / warmup_steps, 1) g / (sqrt(v / (1 - beta_2^t))
+    + epsilon),  x += (z - x) / t,  w = (1 - beta_1) z + beta_1 x
+    """
+
+    learning_rate: float | Callable[[int], Any] = 0.0025
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+    warmup_steps: int = 0
+
+    def slots(self, w, name):
+        return {"momentum": w} | full(w, 0, "velocity")
+
+    def step(self, w, g, s, lr, t):
+        if self.warmup_steps:
+            lr = lr * min(t / self.warmup_steps, 1)
+        v = mix(s["velocity"], g**2, self.beta_2)
+        v_hat = v / (1 - self.beta_2**t)
+        z = s["momentum"] - lr * g / (np.sqrt(v_hat) + self.epsilon)
+        x = mix(self.average(w, s["momentum"], z), z, 1 - 1 / t)
+        return mix(x, z, self.beta_1), {"momentum": z, "velocity": v}
+
+    def average(self, w: Array, z: Array, new_z: Array) -> Array:
+        """x before the update."""
+        return (w - (1 - self.beta_1) * z) / self.beta_1
+
+
+@dataclass(kw_only=True)
+class InPlaceScheduleFreeAdamW(ScheduleFreeAdamW):
+    """Keras's step on TensorFlow and torch: it finds x by the z that it has updated."""
+
+    def average(self, w, z, new_z):
+        return super().average(w, new_z, new_z)
+
+
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     kind.__name__: kind
     for kind in (
         *(SGD, Adam, AdamW, Nadam, Adamax, RMSprop, Adagrad, Adadelta, Ftrl, Lion),
-        *(Lamb, Adafactor, Muon),
+        *(Lamb, Adafactor, Muon, ScheduleFreeAdamW),
     )
 }
 

@@ -11,12 +11,15 @@ from harness import (
     GRADIENTS,
     NAMES,
     OPTIMIZERS,
+    SCHEDULE_FREE,
     Run,
+    assert_agree,
     assert_follows,
     make,
     make_gradients,
     make_weights,
     name_of,
+    numpy,
     rotated,
 )
 from reference import Reference
@@ -43,6 +46,45 @@ def compare(wrap, case, mode, sparse=False, **around):
 def test_lookahead(mode, case, inner_state):
     settings: dict[str, Any] = {"k": 4, "alpha": 0.3, "inner_state": inner_state}
     compare(lambda o: Lookahead(o, **settings), case, mode, lookahead=settings)
+
+
+@pytest.mark.parametrize(
+    ("mode", "case", "is_wrapped"), rotated(SCHEDULE_FREE, [False, True]), ids=name_of
+)
+def test_schedule_free(mode, case, is_wrapped):
+    """As Keras has it, and in Lookahead, which syncs its averages, too."""
+    settings: dict[str, Any] = {"k": 4, "alpha": 0.3, "inner_state": "interpolate"}
+    if is_wrapped:
+        compare(lambda o: Lookahead(o, **settings), case, mode, lookahead=settings)
+    else:
+        compare(lambda o: o, case, mode)
+
+
+@pytest.mark.skipif(not SCHEDULE_FREE, reason="came with Keras 3.15")
+@pytest.mark.parametrize("beta_1", [0.9, 0.5])
+def test_a_sync_of_schedule_free_is_a_sync_of_its_averages(beta_1):
+    """phi + alpha (x - phi) for x, where x = (w - (1 - beta_1) z) / beta_1."""
+    arguments = {"learning_rate": 0.05, "beta_1": beta_1}
+    weights = make_weights()
+    runs = [
+        Run(wrap(make(("ScheduleFreeAdamW", arguments))), weights, "eager")
+        for wrap in (
+            lambda o: o,
+            lambda o: Lookahead(o, k=4, alpha=0.3, inner_state="interpolate"),
+        )
+    ]
+    for step in make_gradients(4, weights):
+        for run in runs:
+            run.step(step)
+    averages = []
+    for run in runs:
+        inner = getattr(run.optimizer, "inner_optimizer", run.optimizer)
+        z = numpy(inner._momentums)
+        pairs = zip(run.weights, z, strict=True)
+        averages.append([(w - (1 - beta_1) * z) / beta_1 for w, z in pairs])
+    starts = zip(weights, averages[0], strict=True)
+    expected = [start + 0.3 * (x - start) for start, x in starts]
+    assert_agree(averages[1], expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,16 @@ def test_backup_with_the_metadata_of_the_epoch_before(case, tmp_path):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"epoch": 1}))
     model = fit(make_model(new(), **QUICK), [backup], epochs=4)
     assert int(model.optimizer.iterations) == 5 * STEPS
+    whole = metadata.read_text()
     metadata.write_text("")
     with pytest.raises(json.JSONDecodeError):
         fit(make_model(new(), **QUICK), [backup], epochs=4)
+    # A later backup that was killed: what is there of the earlier one does not help.
+    metadata.write_text(whole)
+    weights = tmp_path / "latest.weights.h5"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match="truncated"):
+        fit(make_model(new(), **QUICK), [backup], epochs=6)
 
 
 @pytest.mark.parametrize("case", CONTROL)

@@ -216,5 +216,68 @@ def test_no_table_is_gathered(shard):
     run_python(__file__, "no_table_is_gathered", shard, one_backend=True)
 
 
+def parameter_servers_are_refused():
+    """A worker and a parameter server, in this process."""
+    import socket
+
+    import tensorflow as tf
+
+    def address():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            return f"localhost:{free.getsockname()[1]}"
+
+    cluster = tf.train.ClusterSpec({job: [address()] for job in ("worker", "ps")})
+    servers = [tf.distribute.Server(cluster, job_name=job) for job in cluster.jobs]
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        cluster, rpc_layer="grpc"
+    )
+    strategy = tf.distribute.ParameterServerStrategy(resolver)
+    coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+    with strategy.scope():
+        model = make_model()
+    weights = model.trainable_variables
+
+    def train(optimizer):
+        @tf.function
+        def step():
+            def update():
+                optimizer.apply([tf.ones(w.shape) for w in weights], weights)
+
+            strategy.run(update)
+
+        coordinator.schedule(step)
+        coordinator.join()
+
+    def build(optimizer):
+        optimizer.build(weights)
+
+    def build_in_scope(optimizer):
+        with strategy.scope():
+            optimizer.build(weights)
+
+    with strategy.scope():
+        adam = keras.optimizers.Adam()
+        adam.build(weights)
+    train(adam)
+    assert int(adam.iterations) == 1
+    words = "MirroredStrategy on one machine, or .*MultiWorkerMirroredStrategy on"
+    for wrap in (Lookahead, LazyOptimizer, lambda o: Lookahead(LazyOptimizer(o))):
+        for use in (build, build_in_scope, train):
+            with strategy.scope():
+                inner = keras.optimizers.Adam()
+                wrapped = wrap(inner)
+            with pytest.raises(ValueError, match=words):
+                use(wrapped)
+            assert not wrapped.built
+            assert not inner.built
+    assert servers
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+def test_parameter_servers_are_refused():
+    run_python(__file__, "parameter_servers_are_refused", one_backend=True)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -335,6 +335,31 @@ def test_two_tables(make_model, chosen, tmp_path):
     assert_same_bits(state(loaded), state(whole))
 
 
+# Keras's Nadam has a variable whose path is another each time.
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in ("reset", "both-freeze")]
+)
+def test_state_tree(case):
+    """In which Keras finds variables by their paths, whoever builds the optimizer."""
+
+    def compiled():
+        keras.backend.clear_session()  # the names of a new process
+        model = two_tables()
+        model.set_weights(random_weights(model, seed=3))
+        model.compile(CASES[case](), "mse", **QUICK)
+        return model
+
+    whole, half, other = compiled(), compiled(), compiled()
+    fit(whole)
+    fit(half, last=BEFORE)
+    tree = half.get_state_tree(value_format="numpy_array")
+    other.optimizer.build(other.trainable_variables)
+    other.set_state_tree(tree)
+    for model in (half, other):
+        fit(model, BEFORE)
+        assert_same_bits(state(model), state(whole))
+
+
 # Configurations
 
 
@@ -468,6 +493,22 @@ def test_no_warning_where_an_optimizer_is_not_built_yet(case, tmp_path):
         whole = make_model(CASES[case](), **QUICK)
         fit(whole, last=7)
         assert_same_bits(state(copied), state(whole))
+
+
+@pytest.mark.filterwarnings("error:.*Frozen")
+@pytest.mark.parametrize("case", ["maintain", "decay", "both"])
+def test_an_old_h5_file_keeps_the_weights_only(case, tmp_path):
+    """Keras builds the optimizer in it for no weights, its own ones, too."""
+    loss = keras.losses.MeanSquaredError()  # Keras 3.15 does not find "mse" in a file
+    model = make_model()
+    model.compile(CASES[case](), loss, **QUICK)
+    fit(model, last=3)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.models.load_model(tmp_path / "model.h5")
+    assert_same_bits(loaded.get_weights(), model.get_weights())
+    kind = type(loaded.optimizer).__name__
+    with pytest.raises(ValueError, match=rf"\.h5.*a new {kind}\(.*save.*\.keras'"):
+        fit(loaded, last=3)
 
 
 # Slots that lag behind

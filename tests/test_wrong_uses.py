@@ -438,6 +438,39 @@ NESTING |= {
         ("Lookahead(LazyOptimizer)", both),
     )
 }
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
+    NESTING |= {
+        f"Lookahead(ScheduleFreeAdamW), {state}": (
+            lambda m: keras.optimizers.ScheduleFreeAdamW(),
+            lambda o, m, state=state: Lookahead(o, inner_state=state),
+            ValueError,
+            r"keeps weights in its slots.*Received: inner_state='\w+'\. "
+            r"Write Lookahead\(ScheduleFreeAdamW\(\.\.\.\), "
+            r"inner_state='interpolate'\)\.",
+        )
+        for state in ("maintain", "reset")
+    }
+    NESTING |= {
+        f"{wrapper.__name__} around a MultiOptimizer of ScheduleFreeAdamW": (
+            lambda m: keras.optimizers.ScheduleFreeAdamW(),
+            lambda o, m, wrapper=wrapper: wrapper(
+                keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(o))
+            ),
+            ValueError,
+            words,
+        )
+        for wrapper, words in (
+            (Lookahead, r"'interpolate'\) inside the MultiOptimizer\."),
+            (LazyOptimizer, "inside MultiOptimizer, not around"),
+        )
+    }
+    NESTING["LazyOptimizer(ScheduleFreeAdamW)"] = (
+        lambda m: keras.optimizers.ScheduleFreeAdamW(),
+        lambda o, m: LazyOptimizer(o),
+        ValueError,
+        r"cannot go around ScheduleFreeAdamW\..*LazyOptimizer\(AdamW\(\.\.\.\)\) with "
+        "a learning rate schedule.*MultiOptimizer",
+    )
 
 
 def shared_by_two() -> keras.Optimizer:

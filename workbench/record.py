@@ -16,10 +16,15 @@ def machine() -> dict[str, Any]:
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    processor = _processor()
     return {
         "system": platform.system(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor.get("model name") or platform.processor(),
+        "processor_family": processor.get("cpu family"),
+        "processor_model": processor.get("model"),
+        "processor_stepping": processor.get("stepping"),
+        "processor_flags": _vector_flags(processor),
         "cpu_count": os.cpu_count(),
         "memory_bytes": memory,
         "python": platform.python_version(),
@@ -53,11 +58,20 @@ def write_json(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
-def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    models = [line.split(":", 1)[1] for line in lines if "model name" in line]
-    return models[0].strip() if models else platform.processor()
+def _processor(about: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    if not about.exists():
+        return {}
+    first, _, _ = about.read_text(encoding="utf-8").partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _vector_flags(processor: dict[str, str]) -> list[str]:
+    """Instructions by which libraries choose their code, and so round differently."""
+    flags = processor.get("flags") or processor.get("Features") or ""
+    vectors = ("amx", "asimd", "avx", "fma", "sve")
+    return sorted(flag for flag in flags.split() if flag.startswith(vectors))
 
 
 def _without_nan(value: Any) -> Any:

@@ -35,6 +35,13 @@ class Rows:
     sampled: Any
 
 
+OTHER_PARTS = (
+    "the gradient has other parts than look-ups: another use of the table, or look-ups "
+    "inside of scan, vmap, remat or checkpoint"
+)
+FEW_ROWS = "the table has too few rows for as many look-ups"
+
+
 class RowGradient(NamedTuple):
     """The gradient of a table that was looked up and nothing else.
 
@@ -63,8 +70,6 @@ class Engine(Protocol):
 
     # Whether variables hold the state while `fit` runs, or arrays beside them do.
     VARIABLES_HOLD_STATE: bool
-    # Whether Keras's optimizers take gradients by rows, if they do not clip them.
-    KERAS_TAKES_ROWS: bool
 
     # Look-ups and their gradients
 
@@ -74,12 +79,14 @@ class Engine(Protocol):
     def look_up(self, table: keras.Variable, ids: Any) -> Any:
         """Rows of a table, read so that its gradient is known by rows."""
 
-    def row_gradient(self, gradient: Any, table: keras.Variable) -> RowGradient | None:
+    def takes_rows(self, gradient: Any) -> bool:
+        """Whether a gradient is known by rows to Keras's optimizers, too."""
+
+    def row_gradient(self, gradient: Any, table: keras.Variable) -> RowGradient | str:
         """The look-ups that a gradient consists of.
 
         Returns:
-            `None` for a gradient that has other parts, and for one that is better taken
-            as a whole.
+            The reason, if it has other parts or is better taken as a whole.
         """
 
     def step_in_rounds(
@@ -144,6 +151,9 @@ class Engine(Protocol):
             size: that the count does not exceed.
         """
 
+    def clear_rows(self, variable: keras.Variable, rows: RowGradient) -> None:
+        """Make zeros of rows that were read as `rows`."""
+
     def row_layout(self, variable: keras.Variable) -> Any:
         """Where a vector with one entry for each row of a table belongs, or `None`."""
 
@@ -206,6 +216,13 @@ class Engine(Protocol):
         """
 
     # The rest
+
+    def check_distribution(self, variables: Sequence[Any]) -> None:
+        """Raise `ValueError` where replicas do not make each update together.
+
+        Args:
+            variables: the weights to train.
+        """
 
     def apply(
         self,

@@ -14,10 +14,15 @@ import keras
 from jax.experimental.sparse import JAXSparse
 
 from keras_lookahead_lazy import _keras
-from keras_lookahead_lazy._backend import RowGradient, Rows, jax_gradient
+from keras_lookahead_lazy._backend import (
+    FEW_ROWS,
+    OTHER_PARTS,
+    RowGradient,
+    Rows,
+    jax_gradient,
+)
 
 VARIABLES_HOLD_STATE = False
-KERAS_TAKES_ROWS = False
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8
@@ -39,22 +44,29 @@ def is_dense(ids: Any) -> bool:
 
 
 def look_up(table: keras.Variable, ids: Any) -> jax.Array:
-    ids = jnp.asarray(ids)
-    reads = min(math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1])
+    ids, value = jnp.asarray(ids), _keras.stored_value(table)
+    reads = min([math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1]])
     if reads <= 1:
-        return jax_gradient.look_up(table.value, ids)
+        return jax_gradient.look_up(value, ids)
     parts = jnp.array_split(ids, reads)
-    return jnp.concatenate([jax_gradient.look_up(table.value, part) for part in parts])
+    return jnp.concatenate([jax_gradient.look_up(value, part) for part in parts])
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
+def takes_rows(gradient: Any) -> bool:
+    return False
+
+
+def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     look_ups = jax_gradient.look_ups(gradient)
     count = sum(ids.size for ids, _ in look_ups)
     rows, *row_shape = table.shape
+    if not look_ups:
+        return OTHER_PARTS
     if not count or rows < ROWS_PER_LOOK_UP * count:
-        return None
+        return FEW_ROWS
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
     ids = jnp.where(ids < 0, ids + rows, ids)
+    ids = jnp.where(ids < 0, rows, ids)  # too far below: of no row
     values = [values.reshape(-1, *row_shape) for _, values in look_ups]
     return _sum_duplicates(ids, jnp.concatenate(values), rows)
 
@@ -192,6 +204,18 @@ def listed_rows(
     return RowGradient(values, indices, None)
 
 
+def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+    """After the rows were read: XLA would otherwise copy the whole before."""
+    indices = jnp.where(_is_known(rows.sums), rows.indices, len(variable.value))
+    write_rows([variable], indices, [jnp.zeros_like(rows.sums)])
+
+
+def _is_known(values: jax.Array) -> jax.Array:
+    """Always true, which XLA does not see, and not before the values are known."""
+    first = values.ravel()[:1].astype("float32").sum()
+    return (first > 0) | (first <= 0) | (first != first)
+
+
 def _whole_rounds(count: int) -> int:
     """So many places that they are a whole number of rounds, if more than one."""
     size = min(count, LOOK_UPS_PER_ROUND)
@@ -229,9 +253,7 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
         # The gradient of a table that is taken by rows is computed by nobody.
         noted = [values for _, values in jax_gradient.look_ups(gradient)]
         for part in noted or jax.tree.leaves(gradient):
-            first = part.ravel()[:1].astype("float32").sum()
-            # Always true, which XLA does not see.
-            predicate &= (first > 0) | (first <= 0) | (first != first)
+            predicate &= _is_known(part)
     return predicate
 
 
@@ -395,6 +417,10 @@ def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> t
 
 
 # The rest
+
+
+def check_distribution(variables: Sequence[Any]) -> None:
+    """Keras distributes programs that run in step."""
 
 
 def apply(

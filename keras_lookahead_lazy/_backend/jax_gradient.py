@@ -2,9 +2,10 @@
 
 JAX's gradient of a table is an array of the table's shape. All look-ups of a table
 read one private copy of it, the gateway's (which costs nothing: it is an identity).
-In the backward pass each notes ids and gradients of its rows, and the gateway notes
-the sum. So a gradient that *is* that sum, the same object, consists of those rows
-and nothing else, and where the optimizer takes the rows nobody computes the sum.
+When JAX transposes a look-up, that notes its ids and the gradients of its rows, and the
+gateway notes the sum. So a gradient that *is* that sum, the same object, consists of
+those rows and nothing else, and where the optimizer takes the rows nobody computes the
+sum.
 """
 
 from __future__ import annotations
@@ -15,45 +16,116 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 class _Gateway:
     """The private copy of one table in one trace, and what its look-ups noted.
 
-    The backward passes refer to what was noted and not to the copy: JAX keeps them with
-    the trace, and would take the copy for one that has leaked.
+    The look-ups refer to what was noted and not to the copy: JAX keeps them with the
+    trace, and would take the copy for one that has leaked.
     """
 
     def __init__(self, table: jax.Array) -> None:
         self.table = weakref.ref(table)
-        self.noted: list[tuple[jax.Array, jax.Array]] = []
-        identity = jax.custom_vjp(lambda table: table)
-        note_sum = functools.partial(_note_sum, self.noted)
-        identity.defvjp(lambda table: (table, None), note_sum)
-        self.private = identity(table)
+        self.noted = _Noted()
+        self.private = _gateway.bind(table, noted=self.noted)
 
     def look_up(self, ids: jax.Array) -> jax.Array:
-        shape, dtype, noted = self.private.shape, self.private.dtype, self.noted
+        return _look_up.bind(self.private, ids, noted=self.noted)
 
-        def backward(ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
-            noted.append((ids, gradient))
-            return jnp.zeros(shape, dtype).at[ids].add(gradient), None
 
-        take = jax.custom_vjp(lambda table, ids: jnp.take(table, ids, axis=0))
-        take.defvjp(lambda table, ids: (jnp.take(table, ids, axis=0), ids), backward)
-        return take(self.private, ids)
+class _Noted(list):
+    """Pairs of ids and gradients; compared by identity, as JAX wants to hash it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _take(table: jax.Array, ids: jax.Array, **_: Any) -> jax.Array:
+    return jnp.take(table, ids, axis=0)
+
+
+# Both are linear in the table: what JAX does with them follows from what they compute,
+# but for the notes that their transposes take.
+
+_look_up = Primitive("look_up_rows")
+_look_up.def_impl(_take)
+_look_up.def_abstract_eval(
+    lambda table, ids, **_: jax.core.ShapedArray(
+        ids.shape + table.shape[1:], table.dtype
+    )
+)
+mlir.register_lowering(_look_up, mlir.lower_fun(_take, multiple_results=False))
+
+
+def _look_up_jvp(primals: tuple, tangents: tuple, noted: _Noted) -> tuple:
+    (table, ids), (tangent, _) = primals, tangents
+    rows = _look_up.bind(table, ids, noted=noted)
+    if isinstance(tangent, ad.Zero):
+        return rows, ad.Zero.from_primal_value(rows)  # type: ignore[attr-defined]
+    return rows, _look_up.bind(tangent, ids, noted=noted)
+
+
+def _look_up_transpose(
+    gradient: Any, table: Any, ids: jax.Array, noted: _Noted
+) -> tuple:
+    if isinstance(gradient, ad.Zero):
+        return ad.Zero(table.aval), None
+    noted.append((ids, gradient))
+    return jnp.zeros(table.aval.shape, gradient.dtype).at[ids].add(gradient), None
+
+
+def _look_up_batch(values: tuple, axes: tuple, noted: _Noted) -> tuple:
+    (table, ids), (table_axis, ids_axis) = values, axes
+    if table_axis is None:
+        ids = jnp.moveaxis(ids, ids_axis, 0)
+        return _look_up.bind(table, ids, noted=noted), 0
+    return jax.vmap(_take, in_axes=axes)(table, ids), 0
+
+
+ad.primitive_jvps[_look_up] = _look_up_jvp
+ad.primitive_transposes[_look_up] = _look_up_transpose
+batching.primitive_batchers[_look_up] = _look_up_batch
+
+
+def _same(table: jax.Array, **_: Any) -> jax.Array:
+    return table
+
+
+_gateway = Primitive("look_up_gateway")
+_gateway.def_impl(_same)
+_gateway.def_abstract_eval(lambda table, **_: table)
+mlir.register_lowering(_gateway, mlir.lower_fun(_same, multiple_results=False))
+
+
+def _gateway_jvp(primals: tuple, tangents: tuple, noted: _Noted) -> tuple:
+    ((table,), (tangent,)) = primals, tangents
+    if not isinstance(tangent, ad.Zero):
+        tangent = _gateway.bind(tangent, noted=noted)
+    return _gateway.bind(table, noted=noted), tangent
+
+
+def _gateway_transpose(gradient: Any, table: Any, noted: _Noted) -> tuple:
+    if not isinstance(gradient, ad.Zero):
+        pairs, noted[:] = list(noted), []
+        key = id(gradient)
+        forget = functools.partial(_forget, _sums, key)
+        _sums[key] = weakref.ref(gradient, forget), pairs
+    return (gradient,)
+
+
+ad.primitive_jvps[_gateway] = _gateway_jvp
+ad.primitive_transposes[_gateway] = _gateway_transpose
+batching.primitive_batchers[_gateway] = lambda values, axes, noted: (values[0], axes[0])
 
 
 # By the id of the table's value, and of the sum: tracers compare by value.
 _gateways: dict[int, _Gateway] = {}
 _sums: dict[int, tuple[weakref.ref, list]] = {}
-
-
-def _note_sum(noted: list, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    pairs, noted[:] = list(noted), []
-    key = id(gradient)
-    _sums[key] = weakref.ref(gradient, functools.partial(_forget, _sums, key)), pairs
-    return (gradient,)
 
 
 def _forget(entries: dict, key: int, _: weakref.ref) -> None:
@@ -63,14 +135,12 @@ def _forget(entries: dict, key: int, _: weakref.ref) -> None:
 def look_up(table: jax.Array, ids: Any) -> jax.Array:
     """Rows of a table, noted in the backward pass."""
     if not isinstance(table, jax.core.Tracer):
-        return jnp.take(table, ids, axis=0)
+        return _take(table, ids)
     gateway = _gateways.get(id(table))
     if gateway is None or gateway.table() is not table:
         gateway = _Gateway(table)
         if _trace(gateway.private) is not _trace(table):
-            return jnp.take(
-                table, ids, axis=0
-            )  # in a scan, say, which nobody may leave
+            return _take(table, ids)  # in a scan, say, which nobody may leave
         _gateways[id(table)] = gateway
         weakref.finalize(table, _gateways.pop, id(table), None)
     return gateway.look_up(jnp.asarray(ids))

@@ -9,11 +9,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_lookahead_lazy._backend import RowGradient, Rows, tensorflow_rows
+from keras_lookahead_lazy import _keras
+from keras_lookahead_lazy._backend import (
+    FEW_ROWS,
+    OTHER_PARTS,
+    RowGradient,
+    Rows,
+    tensorflow_rows,
+)
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
 VARIABLES_HOLD_STATE = True
-KERAS_TAKES_ROWS = True
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
@@ -34,17 +40,38 @@ def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
     """Rows of the variable itself, and not of a copy of it."""
     ids = tf.convert_to_tensor(ids)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
-    return tf.gather(table.value, ids)
+    return tf.gather(_own_component(_keras.stored_value(table)), ids)
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | None:
+def _own_component(variable: tf.Variable) -> tf.Variable:
+    """The replica of a variable that belongs to the replica that runs this.
+
+    `tf.gather` of a mirrored variable would read the whole.
+    """
+    context = tf.distribute.get_replica_context()
+    if num_replicas() == 1 or context is None:
+        return variable
+    replicas = _strategy(variable).experimental_local_results(variable)
+    number = tf.get_static_value(context.replica_id_in_sync_group)
+    is_here = len(replicas) == num_replicas() and number is not None
+    return replicas[number if is_here else 0] if len(replicas) > 1 else replicas[0]
+
+
+def takes_rows(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     """With one replica; those of several have to be added up as they are."""
-    if num_replicas() > 1 or not isinstance(gradient, tf.IndexedSlices):
-        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        return OTHER_PARTS
+    if num_replicas() > 1:
+        return "replicas add up clipped or scaled gradients as a whole"
     if in_xla():
+        if _is_small(table, gradient):
+            return FEW_ROWS
         indices, position, sums = tensorflow_rows.sorted_sums(gradient)
-        is_small = _is_small(table, gradient)
-        return None if is_small else RowGradient(sums, indices, position)
+        return RowGradient(sums, indices, position)
     gradient = sum_duplicates(gradient)
     return RowGradient(gradient.values, gradient.indices, None)
 
@@ -162,6 +189,15 @@ def listed_rows(
     return RowGradient(sums, indices, position)
 
 
+def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+    """After the rows were read: XLA would otherwise copy the whole before."""
+    indices = rows.indices
+    if in_xla():
+        past_end = tf.constant(variable.shape[0], indices.dtype)
+        indices = tf.where(tensorflow_rows.is_known(rows.sums), indices, past_end)
+    write_rows([_native(variable)], indices, [tf.zeros_like(rows.by_row())])
+
+
 def row_layout(variable: keras.Variable) -> None:
     """Keras lays variables out on JAX alone."""
 
@@ -186,9 +222,7 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
         if gradient is None:
             continue
         part = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        first = tf.reduce_sum(tf.cast(tf.reshape(part, [-1])[:1], "float32"))
-        # Always true, which XLA does not see.
-        predicate &= (first > 0) | (first <= 0) | (first != first)
+        predicate &= tensorflow_rows.is_known(part)
     return predicate
 
 
@@ -306,6 +340,20 @@ def sync_rows(
 
 
 # The rest
+
+
+def check_distribution(variables: Sequence[Any]) -> None:
+    """Refuse parameter servers, in whose scope the weights are or have been made."""
+    in_scope = isinstance(
+        tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy
+    )
+    if in_scope or any("/job:ps/" in _native(v).device for v in variables):
+        raise ValueError(
+            "Lookahead and LazyOptimizer count the updates that all workers make "
+            "together. Under tf.distribute.ParameterServerStrategy each worker makes "
+            "updates of its own, at any time. Use tf.distribute.MirroredStrategy on "
+            "one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
+        )
 
 
 def apply(

@@ -9,12 +9,11 @@ from typing import Any
 import keras
 import torch
 
-from keras_lookahead_lazy import _backend
+from keras_lookahead_lazy import _backend, _keras
 from keras_lookahead_lazy._backend import Rows
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
-KERAS_TAKES_ROWS = False
 # A sync on the host works on so many rows at a time, which stay in the cache.
 ROWS_PER_ROUND = 4096
 
@@ -29,15 +28,20 @@ def is_dense(ids: Any) -> bool:
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
     ids = keras.ops.convert_to_tensor(ids).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
+    value = _keras.stored_value(table)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # These know dense gradients only.
-        return torch.nn.functional.embedding(ids, table.value)
-    return LookUp.apply(table.value, ids)
+        return torch.nn.functional.embedding(ids, value)
+    return LookUp.apply(value, ids)
+
+
+def takes_rows(gradient: Any) -> bool:
+    return False
 
 
 def row_gradient(
     gradient: torch.Tensor, table: keras.Variable
-) -> _backend.RowGradient | None:
+) -> _backend.RowGradient | str:
     """On an accelerator of fixed shapes.
 
     It would have to stop for the host to know the number of different rows.
@@ -47,7 +51,7 @@ def row_gradient(
     elif gradient.is_sparse and gradient.sparse_dim() == 1:
         ids, values = gradient._indices()[0], gradient._values()
     else:
-        return None
+        return _backend.OTHER_PARTS
     if _is_on_host(ids):
         look_ups = torch.sparse_coo_tensor(
             ids[None], values, gradient.shape, check_invariants=False
@@ -157,6 +161,10 @@ def listed_rows(
     return _backend.RowGradient(sums, indices, position)
 
 
+def clear_rows(variable: keras.Variable, rows: _backend.RowGradient) -> None:
+    write_rows([variable], rows.indices, [torch.zeros_like(rows.by_row())])
+
+
 def _positions(indices: torch.Tensor) -> torch.Tensor:
     """The place of each of some sorted numbers among the different ones."""
     position = torch.zeros_like(indices)
@@ -251,6 +259,10 @@ def sync_rows(
 
 
 @torch.no_grad()
+def check_distribution(variables: Sequence[Any]) -> None:
+    """Gradients are summed before an optimizer gets them."""
+
+
 def apply(
     optimizer: keras.Optimizer,
     grads: list,

@@ -25,6 +25,7 @@ from experiments import (  # noqa: E402
 from experiments._intervals import mean_interval, next_interval  # noqa: E402
 from workbench import cifar as cifar_data  # noqa: E402
 from workbench import imdb as imdb_data  # noqa: E402
+from workbench import record as recording  # noqa: E402
 from workbench.sources import Data, DataError  # noqa: E402
 
 TINY = cifar.ImageScale(
@@ -545,6 +546,48 @@ def test_runs_made_elsewhere_lie_where_other_seeds_would(
     assert line.startswith(
         f"seed3: {verdict} the interval: squared is {value}; 2 seeds"
     )
+
+
+def test_settings_that_differ_are_named(tmp_path, monkeypatch, capsys):
+    committed, again = tmp_path / "results", tmp_path / "again"
+    monkeypatch.setattr(compare, "RESULTS", committed)
+    run_squares(committed / "squares", 2)
+    shutil.copytree(committed / "squares", again)
+    for folder, settings in (
+        (committed / "squares", {"seed": 2, "scale": {"epochs": 8}, "width": 3}),
+        (again, {"seed": 2, "scale": {"epochs": 2}, "rate": 0.1}),
+    ):
+        run = read(folder, "seed2")
+        run["settings"] = settings
+        (folder / "seed2.json").write_text(json.dumps(run))
+    capsys.readouterr()
+    assert compare.main([str(again)]) == 1
+    assert capsys.readouterr().out == (
+        "seed2: made with other settings: scale.epochs is 2, was 8, "
+        "width is not set, was 3, rate is 0.1, was not set\n"
+    )
+
+
+def test_the_processor_is_recorded(tmp_path):
+    """With what tells it from another of the same name."""
+    about = tmp_path / "cpuinfo"
+    about.write_text(
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+        "stepping\t: 1\nflags\t\t: fpu avx2 fma amx_tile avx512f avx sse\n\n"
+        "processor\t: 1\nmodel\t\t: 18\n"
+    )
+    processor = recording._processor(about)
+    assert (processor["cpu family"], processor["model"]) == ("25", "17")
+    flags = recording._vector_flags(processor)
+    assert flags == ["amx_tile", "avx", "avx2", "avx512f", "fma"]
+    assert recording._processor(tmp_path / "elsewhere") == {}
+    assert {
+        "processor",
+        "processor_family",
+        "processor_model",
+        "processor_stepping",
+        "processor_flags",
+    } <= recording.machine().keys()
 
 
 def change_squared(folder, name, squared):

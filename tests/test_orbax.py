@@ -1,0 +1,77 @@
+"""Training that is resumed from `keras.callbacks.OrbaxCheckpoint`, bit for bit."""
+
+import warnings
+from importlib.util import find_spec
+
+import keras
+import pytest
+from harness import QUICK, assert_same_bits, make_data, random_weights, state
+
+from keras_lookahead_lazy import LazyOptimizer, Lookahead
+
+if find_spec("orbax") is None or not hasattr(keras.callbacks, "OrbaxCheckpoint"):
+    reason = "OrbaxCheckpoint not tested: no orbax-checkpoint (extra: orbax)"
+    warnings.warn(reason, stacklevel=1)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def adam():
+    return keras.optimizers.Adam(0.05, amsgrad=True)
+
+
+CASES = {
+    "plain": adam,
+    "interpolate": lambda: Lookahead(adam(), 5, 0.3, "interpolate"),
+    "reset": lambda: Lookahead(sgd(), 5, inner_state="reset"),
+    "decay": lambda: LazyOptimizer(adam()),
+    "freeze": lambda: LazyOptimizer(sgd(), moments="freeze"),
+    "both": lambda: Lookahead(LazyOptimizer(adam()), 5, 0.7, "interpolate"),
+    "twice": lambda: Lookahead(Lookahead(LazyOptimizer(sgd()), 3), 2, 0.8),
+}
+
+
+def make_model(optimizer):
+    """A functional model with two tables. Its layers have names, so that one that is
+    made again in this process has the same paths, as in a new process."""
+    ids = keras.Input((4,), dtype="int32", name="ids")
+    tables = [keras.layers.Embedding(16, 3, name=name) for name in ("words", "tags")]
+    looked_up = [keras.layers.Flatten(name=f"flat_{t.name}")(t(ids)) for t in tables]
+    merged = keras.layers.Concatenate(name="merged")(looked_up)
+    model = keras.Model(ids, keras.layers.Dense(1, name="head")(merged), name="net")
+    model.set_weights(random_weights(model, seed=3))
+    model.compile(optimizer, "mse", **QUICK)
+    return model
+
+
+def fit(model, **arguments):
+    """Seven steps an epoch: in the middle of every cycle."""
+    x, y = make_data(7 * 4)
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0, **arguments)
+
+
+def make_named(case):
+    """An optimizer with the name that it has in a new process."""
+    keras.backend.clear_session()
+    return CASES[case]()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("case", CASES)
+def test_resume(case, tmp_path):
+    """By `load_model`, by `load_weights`, and by the model that was saved."""
+    whole = make_model(make_named(case))
+    fit(whole, epochs=2)
+    saved = make_model(make_named(case))
+    fit(saved, callbacks=[keras.callbacks.OrbaxCheckpoint(tmp_path)])
+    loaded = keras.saving.load_model(tmp_path)
+    made_again = make_model(make_named(case))
+    made_again.optimizer.build(made_again.trainable_variables)
+    made_again.load_weights(tmp_path)
+    for model in (saved, loaded, made_again):
+        fit(model)
+        assert_same_bits(state(model), state(whole))
