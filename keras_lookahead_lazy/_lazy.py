@@ -485,16 +485,15 @@ class LazyOptimizer(OptimizerWrapper):
         """
         for table in self._tables.values():
             updates = self._updates(table)
-            if engine.is_recording() or int(
-                ops.convert_to_numpy(table.caught_up)
-            ) != int(updates):
-                self._catch_up(table, updates)
+            caught_up = engine.read_count(table.caught_up)
+            if engine.is_recording() or int(caught_up) != int(updates):
+                self._catch_up(table, updates, caught_up)
 
-    def _catch_up(self, table: Table, updates: Any) -> None:
+    def _catch_up(self, table: Table, updates: Any, caught_up: Any) -> None:
         log_rates = table.log_rates if self._moments == "decay" else {}
         slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
 
-        def catch_up(caught_up: Any, last_update: Any, *values: Any) -> tuple:
+        def catch_up(last_update: Any, *values: Any) -> tuple:
             missed = _catch_up.steps_missed(updates, last_update, caught_up)
             views = {
                 name: _keras.UnstoredVariable(value, slots[name])
@@ -505,13 +504,13 @@ class LazyOptimizer(OptimizerWrapper):
             oldest = _catch_up.add(updates, -_catch_up.LONGEST)
             is_old = missed_by(last_update) == _catch_up.LONGEST
             last_update = ops.where(is_old, oldest, last_update)
-            now = updates + ops.zeros_like(caught_up)
-            return now, last_update, *(view.value for view in views.values())
+            return last_update, *(view.value for view in views.values())
 
         def missed_by(last_update: Any) -> Any:
             return _catch_up.age(updates, last_update)
 
-        engine.update((table.caught_up, table.last_update, *slots.values()), catch_up)
+        engine.update((table.last_update, *slots.values()), catch_up)
+        engine.write_count(table.caught_up, updates)
 
     def variables_behind(self) -> list[keras.Variable]:
         return [

@@ -144,8 +144,7 @@ class _SampledRows:
         missed = _catch_up.steps_missed(updates, self.last_update.value, before)
         _catch_up.decay(self.slots, self._log_rates, missed)
         if self._indices is None:
-            now = _catch_up.add(updates, 1)
-            engine.write_rows([caught_up], None, [now + ops.zeros_like(before)])
+            engine.write_count(caught_up, _catch_up.add(updates, 1))
 
     def write(self) -> None:
         """Write the rows back."""
