@@ -9,7 +9,7 @@ factor \(r\) in a step without gradient is first multiplied by
 
 Lookahead asks the same `last_update` which rows its cycle has moved.
 
-The numbers are int32 and wrap around, so only differences of them have a meaning.
+The numbers wrap around where they are int32: only differences of them have a meaning.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MovedRows:
     """Which rows of a table moved lately.
 
     Attributes:
-        last_update: int32 variable of shape `(vocabulary,)`.
+        last_update: int variable of shape `(vocabulary,)`.
         now: gives the number of the table's last update.
     """
 

@@ -228,7 +228,7 @@ class LazyOptimizer(OptimizerWrapper):
         name = variable.path.replace("/", "_")  # as slots are named
         last_update = self.add_variable(
             shape=variable.shape[:1],
-            dtype="int32",
+            dtype=engine.INTEGERS,
             layout=engine.row_layout(variable),
             name=f"{name}_last_update",
         )
@@ -253,13 +253,13 @@ class LazyOptimizer(OptimizerWrapper):
         return RowAccumulator(
             _keras.accumulator(_keras.innermost(self._inner), variable),
             ids=self.add_variable(
-                shape=(length,), dtype="int32", name=f"{name}_accumulated"
+                shape=(length,), dtype=engine.INTEGERS, name=f"{name}_accumulated"
             ),
             count=self._add_number(f"{name}_accumulated_count"),
         )
 
     def _add_number(self, name: str) -> keras.Variable:
-        return self.add_variable(shape=(), dtype="int32", name=name)
+        return self.add_variable(shape=(), dtype=engine.INTEGERS, name=name)
 
     # A step
 
@@ -396,7 +396,7 @@ class LazyOptimizer(OptimizerWrapper):
                 engine.run_if(is_update & predicate, update, changed)
         engine.write_count(_keras.counter(inner), calls + 1)
         return (
-            ops.cast(is_update, "int32")
+            ops.cast(is_update, engine.INTEGERS)
             if not isinstance(is_update, bool)
             else int(is_update)
         )
