@@ -423,6 +423,7 @@ def _memory_goals(sizes: Sizes) -> Iterator[Goal]:
         adam = Variant(*where, "Adam", problem)
         # The batch's rows: the gradient, summed; table and slots, old and new.
         batch = 8 * 4 * problem.rows * problem.width
+        integers = 8 if where[0] == "tensorflow" else 4
         peers = {}
         if place == "graph":
             their_lazy = Variant(*TFA, "LazyAdam", problem)
@@ -433,7 +434,7 @@ def _memory_goals(sizes: Sizes) -> Iterator[Goal]:
             "peak memory, Lazy decay - Adam, by row of the table",
             TITLES[place],
             extra_rows(lazy, adam),
-            round(4 + batch / problem.vocabulary, 1),
+            round(integers + batch / problem.vocabulary, 1),
             peers=peers,
         )
 

@@ -1,9 +1,9 @@
 """Write the benchmarks' figures and pictures into the pages of the documentation.
 
 `python -m benchmarks.pages` reads `benchmarks/results/*/benchmarks.json` and the files
-in the folders `insight`, `reliability` and `tpu` beside those; `--check` says whether
-the pages have the figures that are there. A line that no run has measured stands there
-as such.
+in the folders `device`, `gpu`, `insight`, `reliability` and `tpu` beside those.
+`--check` says whether the pages have the figures that are there. A line that no run has
+measured stands there as such.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -169,22 +169,99 @@ def insight() -> Table:
 
 
 def tpu() -> Table:
-    """What the TPU compiler says that a lazy step needs, a chip."""
-    table = [["table", "for", "optimizer", "state, MB", "temporaries, MB", "of table"]]
-    path = RESULTS / "tpu" / "tpu.json"
-    for program in json.loads(path.read_text(encoding="utf-8"))["programs"]:
-        chips, temporaries = program["chips"], program["temporary_bytes"]
+    """What the TPU compiler says that a step needs, a chip."""
+    headings = ("state, MB", "temporaries, MB", "of table", "between chips, MB")
+    table = [["table", "for", "dtypes", "optimizer", *headings]]
+    for program in compiled("tpu"):
+        chips, temporaries = program["devices"], program["temporary_bytes"]
         table.append(
             [
                 f"{program['vocabulary']:.0e} x {program['width']}",
                 f"{chips} chip{'s' * (chips > 1)}",
+                program["policy"],
                 program["optimizer"],
                 f"{program['state_bytes'] / 1e6:,.0f}",
                 f"{temporaries / 1e6:,.1f}",
                 f"{100 * temporaries / program['table_bytes']:.1f} %",
+                f"{program['bytes_crossing'] / 1e6:,.1f}",
             ]
         )
     return table
+
+
+def gpu() -> Table:
+    """What the GPU compiler says that a step needs and waits for, a GPU."""
+    headings = ("temporaries of table", "host stops", "launches", "between GPUs, MB")
+    table = [["for", "dtypes", "optimizer", *headings]]
+    for program in compiled("gpu"):
+        temporaries = program["temporary_bytes"] / program["table_bytes"]
+        table.append(
+            [
+                program["place"],
+                program["policy"],
+                program["optimizer"],
+                f"{100 * temporaries:.1f} %",
+                str(program["host_stops"]),
+                str(program["launches"]),
+                f"{program['bytes_crossing'] / 1e6:,.1f}",
+            ]
+        )
+    return table
+
+
+def device_times(report: dict[str, Any]) -> Table:
+    """Steps of `fit` that `benchmarks.device` has timed, and their memory."""
+    headings = ("a step, ms", "peak memory, GB", "form")
+    table = [["backend", "rows x width", "dtypes", "optimizer", *headings]]
+    for part in report["parts"]:
+        for found in part["results"] if part["part"] == "fit" else ():
+            peak = found.get("peak_bytes")
+            forms = [form.partition(":")[0] for form in found.get("step_forms", ())]
+            table.append(
+                [
+                    part["backend"],
+                    f"{found['vocabulary']:.0e} x {part['width']}",
+                    found["policy"],
+                    found["optimizer"],
+                    _figure(found.get("ms")),
+                    _figure(peak / 1e9 if peak else None),
+                    ", ".join(forms) or found.get("reason", ""),
+                ]
+            )
+    return table
+
+
+def device_checks(report: dict[str, Any]) -> Table:
+    """What `benchmarks.device` has found beside times, an optimizer a line."""
+    columns = {
+        "error": ("error against float64", "{:.1e}".format),
+        "copies_to_host": ("copies to the host, a step", _figure),
+        "same": ("same bits twice", lambda same: "yes" if same else "no"),
+    }
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in report["parts"]:
+        for result in part["results"] if part["part"] != "fit" else ():
+            found.setdefault((part["backend"], result["optimizer"]), {}).update(result)
+    table = [["backend", "optimizer", *(title for title, _ in columns.values())]]
+    for key, result in found.items():
+        cells = [
+            write(result[name]) if name in result else MISSING
+            for name, (_, write) in columns.items()
+        ]
+        table.append([*key, *cells])
+    return table
+
+
+def on_device(table_of: Callable[[dict[str, Any]], Table]) -> Table:
+    """A table of what was measured on a GPU."""
+    path = RESULTS / "device" / "device.json"
+    return table_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def compiled(target: str) -> list[dict[str, Any]]:
+    """The programs that were compiled for devices that were not there."""
+    path = RESULTS / target / f"{target}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["programs"]
 
 
 TABLES: _pages.Tables = {
@@ -199,6 +276,9 @@ TABLES: _pages.Tables = {
     "measured": measured,
     "insight": insight,
     "tpu": tpu,
+    "gpu": gpu,
+    "device-times": partial(on_device, device_times),
+    "device-checks": partial(on_device, device_checks),
     "reliability": _table.answers,
     "reliability-notes": _table.notes,
 }

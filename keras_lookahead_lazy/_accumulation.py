@@ -27,8 +27,8 @@ class RowAccumulator:
 
     Attributes:
         gradients: Keras's accumulator, of the table's shape.
-        ids: int32 variable of shape `(n,)`, the rows that may differ from zero.
-        count: int32 scalar variable, how many of the ids are in use; more than there
+        ids: int variable of shape `(n,)`, the rows that may differ from zero.
+        count: int scalar variable, how many of the ids are in use; more than there
             are if the rows are not known.
     """
 

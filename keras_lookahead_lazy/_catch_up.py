@@ -9,7 +9,7 @@ factor \(r\) in a step without gradient is first multiplied by
 
 Lookahead asks the same `last_update` which rows its cycle has moved.
 
-The numbers are int32 and wrap around, so only differences of them have a meaning.
+The numbers wrap around where they are int32: only differences of them have a meaning.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from keras import ops
 
 # A difference that has wrapped around stands for at least as many updates as this.
 LONGEST = 2**31 - 1
+# Differences are kept below this, where somebody reads the numbers.
+HALF = 2**30
 
 
 def add(number: Any, more: Any) -> Any:
@@ -34,15 +36,12 @@ def add(number: Any, more: Any) -> Any:
 def age(now: Any, number: Any) -> Any:
     """How many updates `number` (int tensor) lies before the update `now`."""
     steps = now - number
-    return ops.where(steps < 0, LONGEST, steps)
+    return ops.where(steps < -HALF, LONGEST, ops.maximum(steps, 0))
 
 
 def kept_old(now: Any, last_update: Any) -> Any:
     """The same numbers, of which very old ones will not wrap around to be new ones."""
-    half = 2**30
-    steps = now - last_update
-    is_old = ops.logical_or(steps > half, steps < -half)
-    return ops.where(is_old, add(now, -half), last_update)
+    return ops.where(age(now, last_update) > HALF, add(now, -HALF), last_update)
 
 
 def steps_missed(now: Any, last_update: Any, caught_up: Any) -> Any:
@@ -93,7 +92,7 @@ class MovedRows:
     """Which rows of a table moved lately.
 
     Attributes:
-        last_update: int32 variable of shape `(vocabulary,)`.
+        last_update: int variable of shape `(vocabulary,)`.
         now: gives the number of the table's last update.
     """
 

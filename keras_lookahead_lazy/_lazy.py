@@ -228,7 +228,7 @@ class LazyOptimizer(OptimizerWrapper):
         name = variable.path.replace("/", "_")  # as slots are named
         last_update = self.add_variable(
             shape=variable.shape[:1],
-            dtype="int32",
+            dtype=engine.INTEGERS,
             layout=engine.row_layout(variable),
             name=f"{name}_last_update",
         )
@@ -253,13 +253,13 @@ class LazyOptimizer(OptimizerWrapper):
         return RowAccumulator(
             _keras.accumulator(_keras.innermost(self._inner), variable),
             ids=self.add_variable(
-                shape=(length,), dtype="int32", name=f"{name}_accumulated"
+                shape=(length,), dtype=engine.INTEGERS, name=f"{name}_accumulated"
             ),
             count=self._add_number(f"{name}_accumulated_count"),
         )
 
     def _add_number(self, name: str) -> keras.Variable:
-        return self.add_variable(shape=(), dtype="int32", name=name)
+        return self.add_variable(shape=(), dtype=engine.INTEGERS, name=name)
 
     # A step
 
@@ -412,7 +412,7 @@ class LazyOptimizer(OptimizerWrapper):
                 engine.run_if(is_update & predicate, update, changed)
         engine.write_count(_keras.counter(inner), calls + 1)
         return (
-            ops.cast(is_update, "int32")
+            ops.cast(is_update, engine.INTEGERS)
             if not isinstance(is_update, bool)
             else int(is_update)
         )
@@ -501,27 +501,26 @@ class LazyOptimizer(OptimizerWrapper):
         """
         for table in self._tables.values():
             updates = self._updates(table)
-            if engine.is_recording() or int(
-                ops.convert_to_numpy(table.caught_up)
-            ) != int(updates):
-                self._catch_up(table, updates)
+            caught_up = engine.read_count(table.caught_up)
+            if engine.is_recording() or int(caught_up) != int(updates):
+                self._catch_up(table, updates, caught_up)
 
-    def _catch_up(self, table: Table, updates: Any) -> None:
+    def _catch_up(self, table: Table, updates: Any, caught_up: Any) -> None:
         log_rates = table.log_rates if self._moments == "decay" else {}
         slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
 
-        def catch_up(caught_up: Any, last_update: Any, *values: Any) -> tuple:
+        def catch_up(last_update: Any, *values: Any) -> tuple:
             missed = _catch_up.steps_missed(updates, last_update, caught_up)
             views = {
                 name: _keras.UnstoredVariable(value, slots[name])
                 for name, value in zip(slots, values, strict=True)
             }
             _catch_up.decay(views, log_rates, missed)
-            now = updates + ops.zeros_like(caught_up)
             last_update = _catch_up.kept_old(updates, last_update)
-            return now, last_update, *(view.value for view in views.values())
+            return last_update, *(view.value for view in views.values())
 
-        engine.update((table.caught_up, table.last_update, *slots.values()), catch_up)
+        engine.update((table.last_update, *slots.values()), catch_up)
+        engine.write_count(table.caught_up, updates)
 
     def variables_behind(self) -> list[keras.Variable]:
         return [

@@ -327,7 +327,8 @@ class Lookahead(OptimizerWrapper):
 
 
 def _filled(value: float, slot: Any) -> tuple:
-    return (ops.full_like(slot, value),)
+    # On torch `ops.full_like` would ask the device for the value.
+    return (ops.zeros_like(slot) + value,)
 
 
 def _squared_distance(fast: keras.Variable, slow: keras.Variable) -> float:

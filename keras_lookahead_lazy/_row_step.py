@@ -25,9 +25,9 @@ class Table:
         slots_by_row: the names of those that have an entry for each row.
         log_rates: logarithm of each slot's decay in a step without gradient; empty
             where that is not known, so that each step has to work on every row.
-        last_update: int32 variable of shape `(vocabulary,)`, see `_catch_up`.
-        caught_up: int32 scalar variable, likewise.
-        left_out: int32 scalar variable, the number of updates without a gradient for
+        last_update: int variable of shape `(vocabulary,)`, see `_catch_up`.
+        caught_up: int scalar variable, likewise.
+        left_out: int scalar variable, the number of updates without a gradient for
             this table, which are no updates of it.
         reason: why each step has to work on every row, or `None`.
         accumulator: for gradient accumulation by rows.
@@ -144,8 +144,7 @@ class _SampledRows:
         missed = _catch_up.steps_missed(updates, self.last_update.value, before)
         _catch_up.decay(self.slots, self._log_rates, missed)
         if self._indices is None:
-            now = _catch_up.add(updates, 1)
-            engine.write_rows([caught_up], None, [now + ops.zeros_like(before)])
+            engine.write_count(caught_up, _catch_up.add(updates, 1))
 
     def write(self) -> None:
         """Write the rows back."""

@@ -218,14 +218,19 @@ class OptimizerWrapper(keras.Optimizer):
         if not self.gradient_accumulation_steps and not self._scales_the_loss():
             engine.apply(optimizer, grads, variables, written)
             return 1
-        before = engine.read_count(optimizer.iterations)
+        before = self._inner_updates()
         is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if is_scaling and engine.num_replicas() == 1:
             _loss_scaling.apply(optimizer, grads, variables, written)
         else:
             engine.apply(optimizer, grads, variables, written)
         # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
-        return (engine.read_count(optimizer.iterations) - before) % 2
+        return (self._inner_updates() - before) % 2
+
+    def _inner_updates(self) -> Any:
+        """The inner optimizer's `iterations`, of which the host may keep a copy."""
+        calls = engine.read_count(_keras.counter(_keras.innermost(self._inner)))
+        return calls // (self.gradient_accumulation_steps or 1)
 
     # What a wrapper tells the one around it of rows and slots. This one asks the next
     # wrapper inside.

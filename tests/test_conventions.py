@@ -112,9 +112,9 @@ def test_summary_counts_the_optimizers_parameters():
     assert lookahead == adam + WEIGHTS + 1
     interpolated = optimizer_parameters(Lookahead("adam", inner_state="interpolate"))
     assert interpolated == lookahead + 2 * WEIGHTS
-    # A number for each row, one for the table, and the updates.
+    # A number for each row, two for the table, and the updates.
     lazy = optimizer_parameters(LazyOptimizer("adam"))
-    assert lazy == adam + VOCABULARY + 2
+    assert lazy == adam + VOCABULARY + 3
     both = optimizer_parameters(Lookahead(LazyOptimizer("adam")))
     assert both == lazy + WEIGHTS + 1
     three = optimizer_parameters(Lookahead(Lookahead(LazyOptimizer("adam"))))

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,7 +16,7 @@ ROWS, WIDTH, BATCH, TOKENS = 4001, 8, 8, 4
 JIT = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[BACKEND]
 
 # Policy, arguments of the layer, arguments of the inner optimizer.
-SETUPS = {
+SETUPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "float32": ("float32", {}, {}),
     "mixed_bfloat16": ("mixed_bfloat16", {}, {}),
     "mixed_float16": ("mixed_float16", {}, {}),

@@ -1,6 +1,7 @@
 """What is stored means what it says, and is loaded whole or not at all."""
 
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
@@ -37,7 +38,7 @@ def make_model(optimizer):
     words = keras.layers.Embedding(ROWS, 3, name="words")(x)
     tags = keras.layers.Embedding(ROWS, 3, name="tags")(x)
     flat = keras.layers.Flatten()(words + tags)
-    model = keras.Model(x, keras.layers.Dense(1)(flat))
+    model = keras.Model(x, keras.layers.Dense(1, name="head")(flat))
     model.compile(optimizer, "mse", auto_scale_loss=False, **QUICK)
     model.optimizer.build(model.trainable_variables)
     return model
@@ -79,7 +80,10 @@ def test_no_file_moves_an_idle_row(files, saved, loaded):
     Adam's steps can carry it.
     """
     model = make_model(NESTINGS[loaded]())
-    model.load_weights(files / f"{saved}.weights.h5")
+    try:
+        model.load_weights(files / f"{saved}.weights.h5")
+    except ValueError:  # Keras's, of another optimizer with as many variables
+        assert saved != loaded
     before = model.get_weights()
     train(model, K + 1, seed=1)
     for old, new in zip(before, model.get_weights(), strict=True):
@@ -156,7 +160,7 @@ def test_a_file_that_keras_refuses(name, tmp_path):
         model.optimizer.build(model.trainable_variables)
         return model
 
-    saved, loaded = model_with_frozen("words"), model_with_frozen("dense")
+    saved, loaded = model_with_frozen("words"), model_with_frozen("head")
     train(saved, 2)
     saved.save_weights(tmp_path / "frozen.weights.h5")
     with pytest.raises(ValueError, match="could not be loaded"):
@@ -233,7 +237,7 @@ def test_wrapping_again_leaves_nothing_behind():
             np.testing.assert_array_equal(numpy([fast])[0][SAMPLED:], idle[id(fast)])
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipnorm": {"clipnorm": 0.1},
     "clipvalue": {"clipvalue": 0.1},

@@ -118,7 +118,7 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
     import jax
     import keras
 
-    from benchmarks.tpu import ARRAY, COLLECTIVE
+    from benchmarks import _hlo
 
     keras.distribution.set_distribution(distribution)
     model = compiled_model(setting)
@@ -139,9 +139,9 @@ def jax_crossings(setting: str, distribution: Any) -> list[Crossing]:
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, layout))
     text = step.lower(state, data).compile().as_text()
     return [
-        crossing(operation, [int(n) for n in shape.split(",") if n], int(bits) // 8)
-        for result, operation, _ in COLLECTIVE.findall(text or "")
-        for bits, shape in ARRAY.findall(result)
+        crossing(each.operation, [*shape], bits // 8)
+        for each in _hlo.collectives(_hlo.instructions(text or ""), VOCABULARY)
+        for bits, shape in _hlo.arrays(each.shape)
     ]
 
 

@@ -74,12 +74,9 @@ def hlo_results(text, rows, in_loops):
         if not hit or hit[2] in HLO_IN_PLACE:
             continue
         if hit[2] == "fusion":
-            called = re.search(r"calls=%?([\w.\-]+)", line)
-            root = next(
-                each
-                for each in computations[called[1]].splitlines()
-                if each.strip().startswith("ROOT")
-            )
+            called = re.findall(r"calls=%?([\w.\-]+)", line)[0]
+            lines = computations[called].splitlines()
+            root = next(each for each in lines if each.strip().startswith("ROOT"))
             if re.search(r"\} (scatter|dynamic-update-slice)\(", root):
                 continue
         found.append(line.strip()[:160])

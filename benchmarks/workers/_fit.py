@@ -80,7 +80,7 @@ class Fit(_serve.Case):
 
         # Unless it is safe, Keras waits for each step's loss.
         clock = self._callback(on_train_batch_end=note_time, async_safe=True)
-        self._fit(steps, clock)
+        self.fit(steps, clock)
         return [(max(times) - min(times)) / steps]
 
     def peak(self) -> int:
@@ -96,10 +96,11 @@ class Fit(_serve.Case):
             elif batch == WARM_UP + steps - 1:
                 peaks.append(_serve.latest_peak())
 
-        self._fit(steps, self._callback(on_train_batch_end=note_peak))
+        self.fit(steps, self._callback(on_train_batch_end=note_peak))
         return peaks[0] - self._held
 
-    def _fit(self, steps: int, callback: Any) -> None:
+    def fit(self, steps: int, callback: Any) -> None:
+        """Train for so many steps after those of the warm-up."""
         ids, labels = self._data
         size = (WARM_UP + steps) * self._batch
         if self._start + size > len(ids):

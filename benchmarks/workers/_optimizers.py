@@ -69,6 +69,7 @@ def build(name: str, problem: Problem) -> tuple[keras.Optimizer, list[keras.Vari
 
 def build_model(name: str, mode: str, problem: Problem) -> keras.Model:
     """A model that trains with an optimizer."""
+    keras.config.set_dtype_policy(problem.policy)
     return _fit.build(keras, OPTIMIZERS[name], mode, problem)
 
 

@@ -25,6 +25,7 @@ class Problem:
         sparse: whether the table's gradient is `tf.IndexedSlices`.
         matrices: number of dense weights.
         matrix: shape of each of them.
+        policy: the dtype policy of a model's layers.
     """
 
     vocabulary: int = 0
@@ -34,6 +35,7 @@ class Problem:
     sparse: bool = False
     matrices: int = 0
     matrix: tuple[int, int] = (3000, 1000)
+    policy: str = "float32"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -16,8 +16,7 @@ import torch  # noqa: E402
 
 from benchmarks.workers import _fit, _optimizers  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from benchmarks.workers._torch_loop import DEVICE, torch_loop  # noqa: E402
 
 TORCH = {
     "torch Adam": lambda weights: torch.optim.Adam(weights),
@@ -58,34 +57,6 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
     model.optimizer.build(model.trainable_variables)
     touch(_optimizers.states(model.optimizer))
     return _fit.Fit(keras, model, problem)
-
-
-def torch_loop(problem: Problem) -> _serve.Step:
-    """A step of the same model in plain torch, with sparse gradients."""
-    shape = (problem.vocabulary, problem.width)
-    table = torch.nn.Embedding(*shape, sparse=True, device=DEVICE)
-    dense = torch.nn.Linear(problem.width, 1, device=DEVICE)
-    optimizers = [
-        torch.optim.SparseAdam(table.parameters()),
-        torch.optim.Adam(dense.parameters()),
-    ]
-    ids, labels = (torch.as_tensor(a, device=DEVICE) for a in _fit.data(problem))
-    batch = problem.rows // _fit.LENGTH
-    turn = itertools.cycle(
-        list(zip(ids.split(batch), labels.split(batch), strict=True))
-    )
-
-    def step() -> None:
-        words, y = next(turn)
-        loss = torch.nn.functional.mse_loss(dense(table(words).mean(1)), y)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        loss.item()
-
-    return step
 
 
 def tensor(array: object) -> torch.Tensor:

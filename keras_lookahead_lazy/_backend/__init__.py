@@ -70,6 +70,8 @@ class Engine(Protocol):
 
     # Whether variables hold the state while `fit` runs, or arrays beside them do.
     VARIABLES_HOLD_STATE: bool
+    # The dtype of numbers of updates, and of lists of rows.
+    INTEGERS: str
 
     # Look-ups and their gradients
 

@@ -23,6 +23,7 @@ from keras_lookahead_lazy._backend import (
 )
 
 VARIABLES_HOLD_STATE = False
+INTEGERS = "int32"
 # Rows pay when a table has so many times more rows than a step has look-ups
 # (measured): XLA fuses a masked update into the pass that the dense step makes.
 ROWS_PER_LOOK_UP = 8

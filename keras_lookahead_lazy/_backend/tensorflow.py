@@ -20,6 +20,8 @@ from keras_lookahead_lazy._backend import (
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
 VARIABLES_HOLD_STATE = True
+# With a GPU, TensorFlow keeps int32 variables in the host's memory, and computes there.
+INTEGERS = "int64"
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
@@ -164,7 +166,7 @@ def write_rows(
 
 
 def write_list(variable: keras.Variable, count: Any, values: tf.Tensor) -> tf.Tensor:
-    number, values = tf.size(values), tf.cast(values, variable.dtype)
+    number, values = tf.size(values, INTEGERS), tf.cast(values, variable.dtype)
     positions = count + tf.range(number)
     if not in_xla():  # which drops what lies past the end
         positions = positions[: tf.maximum(variable.shape[0] - count, 0)]
@@ -180,7 +182,7 @@ def listed_rows(
         indices, _ = tf.unique(tf.convert_to_tensor(ids)[:count])
         return RowGradient(read_rows(_native(variable), indices), indices, None)
     listed = tf.convert_to_tensor(ids)[:size]
-    listed = tf.where(tf.range(size) < count, listed, listed[0])
+    listed = tf.where(tf.range(size, dtype=INTEGERS) < count, listed, listed[0])
     indices = tf.sort(listed)
     position = tensorflow_rows.positions_of(indices)
     values = read_rows(_native(variable), indices)
@@ -210,7 +212,7 @@ def num_replicas() -> int:
 
 
 def read_count(variable: Any) -> tf.Tensor:
-    return tf.cast(tf.convert_to_tensor(variable), "int32")
+    return tf.cast(tf.convert_to_tensor(variable), INTEGERS)
 
 
 def write_count(variable: keras.Variable, count: Any) -> None:

@@ -14,6 +14,7 @@ from keras_lookahead_lazy._backend import Rows
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
+INTEGERS = "int32"
 # A sync on the host works on so many rows at a time, which stay in the cache.
 ROWS_PER_ROUND = 4096
 

@@ -30,18 +30,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return json.loads((folder / "tpu.json").read_text())["programs"]
 
 
-@pytest.mark.parametrize("chips", [1, 4])
+@pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("optimizer", LAZY)
 def test_a_lazy_step_has_small_temporaries(
-    programs: list[dict], optimizer: str, chips: int
+    programs: list[dict], optimizer: str, devices: int
 ) -> None:
-    program = find(programs, optimizer, chips)
+    program = find(programs, optimizer, devices)
     assert program["temporary_bytes"] <= 0.02 * program["table_bytes"]
 
 
 def test_many_chips_share_a_large_table(programs: list[dict]) -> None:
     """A million look-ups a step: all their rows are 537 MB."""
-    program = find(programs, "Lazy decay", chips=256)
+    program = find(programs, "Lazy decay", devices=256)
     assert program["temporary_bytes"] <= 1e9
     assert not [each for each in program["collectives"] if each["has_vocabulary"]]
 
@@ -50,25 +50,27 @@ def test_many_chips_share_a_large_table(programs: list[dict]) -> None:
 def test_the_table_does_not_cross_the_network(
     programs: list[dict], optimizer: str
 ) -> None:
-    collectives = find(programs, optimizer, chips=4)["collectives"]
+    collectives = find(programs, optimizer, devices=4)["collectives"]
     assert collectives  # Each chip needs rows that others hold.
     assert not [each for each in collectives if each["has_vocabulary"]]
 
 
-@pytest.mark.parametrize("chips", [1, 4])
-def test_lookahead_needs_no_more_temporaries(programs: list[dict], chips: int) -> None:
+@pytest.mark.parametrize("devices", [1, 4])
+def test_lookahead_needs_no_more_temporaries(
+    programs: list[dict], devices: int
+) -> None:
     bare, lookahead = (
-        find(programs, optimizer, chips) for optimizer in ("Adam", "Lookahead(Adam)")
+        find(programs, optimizer, devices) for optimizer in ("Adam", "Lookahead(Adam)")
     )
     more = lookahead["temporary_bytes"] - bare["temporary_bytes"]
     assert more <= 0.01 * bare["table_bytes"]
     assert lookahead["state_bytes"] > bare["state_bytes"]
 
 
-def find(programs: list[dict], optimizer: str, chips: int) -> dict:
+def find(programs: list[dict], optimizer: str, devices: int) -> dict:
     (program,) = (
         each
         for each in programs
-        if each["optimizer"] == optimizer and each["chips"] == chips
+        if each["optimizer"] == optimizer and each["devices"] == devices
     )
     return program
