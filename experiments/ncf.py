@@ -271,9 +271,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     best = max(epochs, key=lambda each: each["val_ndcg10"])
     return {
         "best_epoch": best["epoch"],
-        **{
-            key: value for key, value in best.items() if key.startswith(("val", "test"))
-        },
+        **{key: value for key, value in best.items() if "10" in key},
         "epochs": epochs,
     }
 
