@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 
-for module in ("matplotlib", "scipy", "pyarrow"):
+for module in ("matplotlib", "rich", "scipy", "pyarrow"):
     pytest.importorskip(module)
 
 from example_data import write_ratings  # noqa: E402
 
-from experiments import _runs, ncf  # noqa: E402
+from experiments import _runs, gaps, ncf, report  # noqa: E402
 from workbench.sources import DataError  # noqa: E402
 
 
@@ -164,3 +164,62 @@ def test_the_best_rate_of_the_sweep_is_compared(tmp_path, capsys):
         (record,) = (record for record in records if record["name"] == name)
         first, second = record["results"]["epochs"]
         assert second["loss"] != first["loss"]
+
+
+# Report
+
+
+def ran(optimizer, rate, seed, gain, hit_rate, batch_size=256, crosses=0):
+    settings = {
+        "optimizer": optimizer,
+        "learning_rate": rate,
+        "seed": seed,
+        "batch_size": batch_size,
+        "crosses": crosses,
+    }
+    measured = {"val_ndcg10": gain, "test_ndcg10": gain / 2, "test_hr10": hit_rate}
+    results = {"best_epoch": seed + 7, **measured, "epochs": [{"epoch": 1, **measured}]}
+    return {"experiment": "ncf", "settings": settings, "results": results}
+
+
+def test_each_optimizer_is_shown_at_the_best_rate_on_validation_items():
+    records = [
+        ran("adam", 0.1, 0, gain=0.30, hit_rate=0.50),
+        ran("adam", 0.2, 0, gain=0.20, hit_rate=0.90),  # better on the test only
+        ran("adam", 0.1, 1, gain=0.30, hit_rate=0.52),
+        ran("lazy-freeze", 0.2, 0, gain=0.40, hit_rate=0.53),
+        ran("lazy-freeze", 0.2, 1, gain=0.40, hit_rate=0.56),
+        ran("lazy-freeze", 0.2, 2, gain=0.40, hit_rate=0.99),  # Adam has no seed 2
+        ran("lazy-freeze", 0.1, 3, gain=0.90, hit_rate=0.99),  # not of the sweep
+        ran("adam", 0.1, 0, gain=0.10, hit_rate=0.20, crosses=64),
+    ]
+    _, adam, freeze, crossed = report.ncf_table(records)
+    # Student's quantile of two values, 12.706, times half of their difference.
+    assert adam[1:7] == ["256", "", "0.1", "2", "51.00 ± 12.71", ""]
+    assert freeze[3:5] == ["0.2", "3"]
+    assert freeze[6] == "+3.50 ± 6.35"
+    assert freeze[8] == "+5.00 ± 0.00"
+    assert freeze[9] == "7, 8, 9"
+    assert crossed[2:6] == ["2^6", "0.1", "1", "20.00"]
+    heading, of_adam, of_freeze, _ = report.ncf_rates_table(records)
+    assert heading[3:] == ["0.1", "0.2"]
+    assert of_adam[3:] == ["30.00", "20.00"]
+    assert of_freeze[3:] == ["", "40.00"]
+    report.draw_ncf(records)
+
+
+def test_steps_between_samples_are_counted():
+    random = np.random.default_rng(0)
+    drawn = [[random.integers(0, rows, 6) for rows in (9, 30)] for _ in range(40)]
+    found = gaps.gaps_of(iter(drawn), [9, 40])
+    expected, times = [], {}
+    for table in (0, 1):
+        for row in range(40):
+            steps = [n for n, ids in enumerate(drawn) if row in ids[table]]
+            expected += np.diff(steps).tolist()
+            if steps:
+                times[table, row] = len(steps)
+    assert found["median"] == np.median(expected)
+    assert found["third_quartile"] == np.quantile(expected, 0.75)
+    assert found["median_row"] == np.median([40 / each for each in times.values()])
+    assert found["rows_sampled"] == len(times) / 49

@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 
-for module in ("matplotlib", "scipy"):
+for module in ("matplotlib", "rich", "scipy"):
     pytest.importorskip(module)
 
 from example_data import write_imdb  # noqa: E402
 
-from experiments import _runs, word_vectors  # noqa: E402
+from experiments import _runs, report, word_vectors  # noqa: E402
 
 
 def text(lengths, words=50):
@@ -144,3 +144,61 @@ def test_the_best_rate_of_the_sweep_is_compared(tmp_path):
         else:
             assert losses[1] < 0.8 * 6 * np.log(2)
             assert results["test_loss"] == pytest.approx(losses[1], rel=0.1)
+
+
+# Report
+
+
+def ran(optimizer, rate, seed, loss, neighbour="good"):
+    settings = {"optimizer": optimizer, "learning_rate": rate, "seed": seed}
+    measured = {f"{part}_loss": loss for part in ("val", "test")}
+    measured |= {f"{name}_rare": loss and 2 * loss for name in measured}
+    results = {
+        **measured,
+        "epochs": [{"epoch": 1, **measured}],
+        "neighbours": {"great": [neighbour]},
+    }
+    return {"experiment": "word_vectors", "settings": settings, "results": results}
+
+
+def test_each_optimizer_is_shown_at_the_rate_of_the_lowest_loss():
+    records = [
+        ran("adam", 0.1, 0, 2.0),
+        ran("adam", 0.2, 0, 3.0),
+        ran("adam", 0.3, 0, None),  # diverged
+        ran("adam", 0.1, 1, 2.5),
+        ran("lazy-decay", 0.2, 0, 2.25, "fine"),
+        ran("lazy-decay", 0.2, 1, 2.75, "other"),
+    ]
+    _, adam, decay = report.word_vectors_table(records)
+    assert adam[1:5] == ["0.1", "2", "2.2500 ± 3.1766", ""]
+    assert decay[4] == "+0.2500 ± 0.0000"
+    assert decay[6] == "+0.5000 ± 0.0000"
+    _, of_adam, of_decay = report.word_vectors_rates_table(records)
+    assert of_adam[1:] == ["2.0000", "3.0000", "diverged"]
+    assert of_decay[1:] == ["", "2.2500", ""]
+    assert report.neighbours_table(records)[1] == ["great", "good", "fine"]
+    report.draw_word_vectors(records)
+
+
+def test_moments_are_compared_on_every_task():
+    accuracies = {"adam": 0.50, "lazy-decay": 0.52, "lazy-freeze": 0.51}
+    records = []
+    for number, (optimizer, accuracy) in enumerate(accuracies.items()):
+        for seed in (0, 1):
+            settings = {"optimizer": optimizer, "seed": seed, "learning_rate": 0.1}
+            results = {"best_val_accuracy": accuracy + seed / 10}
+            of_imdb = {"experiment": "imdb", "settings": settings, "results": results}
+            settings = {**settings, "rows": report.ROWS}
+            of_table = {**of_imdb, "experiment": "large_table", "settings": settings}
+            records += [of_imdb, of_table]
+            records.append(ran(optimizer, 0.1, seed, np.exp(-number / 100)))
+    for task, gap in (("imdb", 88.0), ("large_table", 391.0), ("word_vectors", 42.0)):
+        settings, results = {"task": task, "seed": 0}, {"median_row": gap}
+        records.append({"experiment": "gaps", "settings": settings, "results": results})
+    _, imdb, table, vectors = report.moments_table(records)
+    assert imdb[1:] == ["88", "2", "+2.00 ± 0.00", "+1.00 ± 0.00", "-1.00 ± 0.00"]
+    assert table[1:] == ["391", *imdb[2:]]
+    # A loss that is one percent lower is one point.
+    assert vectors[1:] == ["42", "2", "+1.00 ± 0.00", "+2.00 ± 0.00", "+1.00 ± 0.00"]
+    report.draw_moments(records)
