@@ -17,8 +17,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from examples.imdb_lazy import build_optimizer
-from experiments import _tuning
+from experiments import _candidates, _tuning
 from experiments._runs import Settings, add_options, run_all
 from keras_lookahead_lazy import Lookahead
 from workbench.comparison import add_trained_seconds
@@ -46,7 +45,9 @@ CURVES = {
         "Lookahead(LazyOptimizer, freeze)", ORANGE, dashed=True
     ),
     PEER: Curve("SparseAdam in a plain torch loop", GREY),
+    **_candidates.CURVES,
 }
+USUAL = [name for name in CURVES if name not in _candidates.CURVES]
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ class _KerasTrainer:
     def __init__(self, data: Ratings, settings: Settings) -> None:
         self._model = build_model(data.users, data.items, settings["crosses"])
         self._model.compile(
-            optimizer=build_optimizer(settings["optimizer"], settings["learning_rate"]),
+            optimizer=_candidates.build(
+                settings["optimizer"], settings["learning_rate"]
+            ),
             loss=keras.losses.BinaryCrossentropy(from_logits=True),
         )
         self._batch_size = settings["batch_size"]
@@ -291,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("ncf", description=__doc__)
     _tuning.add_parts(parser, RATES)
-    add_optimizers(parser, CURVES)
+    add_optimizers(parser, CURVES, USUAL)
     add = parser.add_argument
     add(
         "--batch-size",

@@ -18,13 +18,12 @@ import keras
 import numpy as np
 from keras import layers
 
-from examples.imdb_lazy import build_optimizer
-from experiments import _tuning
+from experiments import _candidates, _tuning
 from experiments._runs import Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import LazyOptimizer
 from workbench.comparison import add_trained_seconds
 from workbench.options import add_optimizers, positive_int
-from workbench.plots import BLACK, BLUE, ORANGE, SKY, Curve
+from workbench.plots import BLACK, BLUE, GREY, ORANGE, Curve
 from workbench.sources import Data, read_npz
 
 WIDTH = 32
@@ -44,8 +43,10 @@ CURVES = {
     "adam": Curve("Adam", BLACK),
     "lazy-decay": Curve("LazyOptimizer, decay", BLUE),
     "lazy-freeze": Curve("LazyOptimizer, freeze", ORANGE),
-    "lazy-adagrad": Curve("LazyOptimizer(Adagrad)", SKY),
+    "lazy-adagrad": Curve("LazyOptimizer(Adagrad)", GREY),
+    **_candidates.CURVES,
 }
+USUAL = [name for name in CURVES if name not in _candidates.CURVES]
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def build(name: str, learning_rate: float) -> keras.optimizers.Optimizer:
     """Build one of `CURVES`."""
     if name == "lazy-adagrad":
         return LazyOptimizer(keras.optimizers.Adagrad(learning_rate))
-    return build_optimizer(name, learning_rate)
+    return _candidates.build(name, learning_rate)
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("word_vectors", description=__doc__)
     _tuning.add_parts(parser, RATES)
-    add_optimizers(parser, CURVES)
+    add_optimizers(parser, CURVES, USUAL)
     add = parser.add_argument
     for option, default in (
         ("--batch-size", BATCH_SIZE),
