@@ -739,7 +739,8 @@ def word_vectors_table(records: Sequence[Record]) -> Table:
 
 def word_vectors_rates_table(records: Sequence[Record]) -> Table:
     """Loss on the validation pairs at every learning rate of the sweep."""
-    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    usual = _of_length(records, word_vectors.BATCHES_AN_EPOCH)
+    sweep = [r for r in usual if r["settings"]["seed"] == _tuning.SEED]
     rates = sorted({record["settings"]["learning_rate"] for record in sweep})
     table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
     for optimizer, group in _group(sweep, "optimizer", word_vectors.CURVES).items():
@@ -756,8 +757,12 @@ def word_vectors_rates_table(records: Sequence[Record]) -> Table:
 
 
 def neighbours_table(records: Sequence[Record]) -> Table:
-    """The nearest neighbours of some words, from the first seed at the best rate."""
-    groups = _word_vector_groups(records)
+    """The nearest neighbours of some words, after the longest training there is.
+
+    From the first seed, at the best rate.
+    """
+    longest = max(record["settings"]["batches_an_epoch"] for record in records)
+    groups = _word_vector_groups(records, longest)
     table = [["word", *(word_vectors.CURVES[each].label for each in groups)]]
     first = [
         min(group, key=lambda record: record["settings"]["seed"])
@@ -786,10 +791,22 @@ def draw_word_vectors(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _word_vector_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+def _word_vector_groups(
+    records: Sequence[Record], batches_an_epoch: int = word_vectors.BATCHES_AN_EPOCH
+) -> dict[str, list[Record]]:
     return _at_best_rates(
-        records, word_vectors.CURVES, lambda results: results["val_loss"]
+        _of_length(records, batches_an_epoch),
+        word_vectors.CURVES,
+        lambda results: results["val_loss"],
     )
+
+
+def _of_length(records: Sequence[Record], batches_an_epoch: int) -> list[Record]:
+    return [
+        record
+        for record in records
+        if record["settings"]["batches_an_epoch"] == batches_an_epoch
+    ]
 
 
 def _at_best_rates(

@@ -37,7 +37,7 @@ RARE = 10_000  # words beyond this rank are rare
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # great, horror, awful, actress, zombie, spielberg, guitar, submarine
 PROBES = (84, 186, 370, 521, 862, 3684, 5490, 7979)
-NEIGHBOURS, AMONG = 5, 20_000
+NEIGHBOURS, AMONG = 5, 5_000
 
 CURVES = {
     "adam": Curve("Adam", BLACK),
@@ -291,7 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run(optimizer: str, rate: float, seed: int) -> tuple[str, Settings]:
-        return f"{optimizer}-batch{options.batch_size}-rate{rate:g}-seed{seed}", {
+        kind = f"batch{options.batch_size}"
+        if options.batches_an_epoch != BATCHES_AN_EPOCH:
+            kind += f"x{options.batches_an_epoch}"
+        return f"{optimizer}-{kind}-rate{rate:g}-seed{seed}", {
             "optimizer": optimizer,
             "seed": seed,
             "learning_rate": rate,

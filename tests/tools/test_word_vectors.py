@@ -130,9 +130,9 @@ def test_the_best_rate_of_the_sweep_is_compared(tmp_path):
     assert word_vectors.main(["compare", *arguments, "--seeds", "2"]) == 0
     records = {record["name"]: record for record in _runs.read(tmp_path / "runs")}
     assert list(records) == [
-        "lazy-freeze-batch64-rate0.1-seed0",
-        "lazy-freeze-batch64-rate0.1-seed2",
-        "lazy-freeze-batch64-rate1e-09-seed0",
+        "lazy-freeze-batch64x40-rate0.1-seed0",
+        "lazy-freeze-batch64x40-rate0.1-seed2",
+        "lazy-freeze-batch64x40-rate1e-09-seed0",
     ]
     for name, record in records.items():
         results = record["results"]
@@ -149,8 +149,16 @@ def test_the_best_rate_of_the_sweep_is_compared(tmp_path):
 # Report
 
 
-def ran(optimizer, rate, seed, loss, neighbour="good"):
+def ran(
+    optimizer,
+    rate,
+    seed,
+    loss,
+    neighbour="good",
+    batches=word_vectors.BATCHES_AN_EPOCH,
+):
     settings = {"optimizer": optimizer, "learning_rate": rate, "seed": seed}
+    settings |= {"batch_size": word_vectors.BATCH_SIZE, "batches_an_epoch": batches}
     measured = {f"{part}_loss": loss for part in ("val", "test")}
     measured |= {f"{name}_rare": loss and 2 * loss for name in measured}
     results = {
@@ -169,6 +177,7 @@ def test_each_optimizer_is_shown_at_the_rate_of_the_lowest_loss():
         ran("adam", 0.1, 1, 2.5),
         ran("lazy-decay", 0.2, 0, 2.25, "fine"),
         ran("lazy-decay", 0.2, 1, 2.75, "other"),
+        ran("lazy-decay", 0.3, 0, 1.5, "longer", batches=1000),
     ]
     _, adam, decay = report.word_vectors_table(records)
     assert adam[1:5] == ["0.1", "2", "2.2500 ± 3.1766", ""]
@@ -177,7 +186,10 @@ def test_each_optimizer_is_shown_at_the_rate_of_the_lowest_loss():
     _, of_adam, of_decay = report.word_vectors_rates_table(records)
     assert of_adam[1:] == ["2.0000", "3.0000", "diverged"]
     assert of_decay[1:] == ["", "2.2500", ""]
-    assert report.neighbours_table(records)[1] == ["great", "good", "fine"]
+    heading, great = report.neighbours_table(records)
+    assert heading == ["word", "LazyOptimizer, decay"]  # of the longest trainings
+    assert great == ["great", "longer"]
+    assert report.neighbours_table(records[:-1])[1] == ["great", "good", "fine"]
     report.draw_word_vectors(records)
 
 
