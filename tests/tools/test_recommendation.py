@@ -208,6 +208,24 @@ def test_each_optimizer_is_shown_at_the_best_rate_on_validation_items():
     report.draw_ncf(records)
 
 
+def test_the_authors_rate_is_compared_epoch_by_epoch():
+    records = []
+    for optimizer, ahead in (("adam", 0.0), ("lazy-freeze", -0.01)):
+        for seed in (0, 1):
+            record = ran(optimizer, ncf.AUTHORS_RATE, seed, gain=0.3, hit_rate=0.9)
+            record["results"]["epochs"] = [
+                {"test_hr10": 0.5 + number / 100 + seed / 10 + number * ahead}
+                for number in range(1, ncf.EPOCHS + 1)
+            ]
+            records.append(record)
+    records.append(ran("adam", 0.5, 0, gain=0.9, hit_rate=0.9))
+    _, adam, freeze = report.ncf_same_rate_table(records)
+    assert adam[1] == "2"
+    assert [cell.split()[0] for cell in adam[2::2]] == ["60.00", "65.00", "75.00"]
+    assert adam[3::2] == ["", "", ""]
+    assert freeze[3::2] == ["-5.00 ± 0.00", "-10.00 ± 0.00", "-20.00 ± 0.00"]
+
+
 def test_steps_between_samples_are_counted():
     random = np.random.default_rng(0)
     drawn = [[random.integers(0, rows, 6) for rows in (9, 30)] for _ in range(40)]
