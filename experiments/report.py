@@ -742,43 +742,51 @@ def _ncf_groups(
 
 def word_vectors_table(records: Sequence[Record]) -> Table:
     """Loss on the test pairs, each optimizer at its best rate."""
-    table = [["optimizer", "learning rate", "seeds"]]
+    table = [["optimizer", "steps", "learning rate", "seeds"]]
     for of in ("", ", pairs with a rare word"):
         table[0] += [f"test loss{of}", f"above Adam's, same seeds{of}"]
-    groups = _word_vector_groups(records)
-    for optimizer, group in groups.items():
-        row = [
-            word_vectors.CURVES[optimizer].label,
-            f"{group[0]['settings']['learning_rate']:g}",
-            str(len(group)),
-        ]
-        for measure in ("test_loss", "test_loss_rare"):
-            values = _by_seed(group, measure)
-            adam = _by_seed(groups.get("adam", []), measure)
-            above = _differences(values, adam)
-            is_other = optimizer != "adam" and above
-            row.append(_interval(list(values.values()), 4))
-            row.append(_interval(above, 4, "+") if is_other else "")
-        table.append(row)
+    table[0].append("seconds of 100 steps, median")
+    for batches_an_epoch, of_length in _by_length(records).items():
+        groups = _word_vector_groups(of_length)
+        for optimizer, group in groups.items():
+            settings = group[0]["settings"]
+            row = [
+                word_vectors.CURVES[optimizer].label,
+                str(settings["epochs"] * batches_an_epoch),
+                f"{settings['learning_rate']:g}",
+                str(len(group)),
+            ]
+            for measure in ("test_loss", "test_loss_rare"):
+                values = _by_seed(group, measure)
+                adam = _by_seed(groups.get("adam", []), measure)
+                above = _differences(values, adam)
+                is_other = optimizer != "adam" and above
+                row.append(_interval(list(values.values()), 4))
+                row.append(_interval(above, 4, "+") if is_other else "")
+            seconds = [e["seconds"] for epochs in _epochs(group) for e in epochs[1:]]
+            a_hundred = 100 * statistics.median(seconds) / batches_an_epoch
+            table.append([*row, f"{a_hundred:.1f}"])
     return table
 
 
 def word_vectors_rates_table(records: Sequence[Record]) -> Table:
     """Loss on the validation pairs at every learning rate of the sweep."""
-    usual = _of_length(records, word_vectors.BATCHES_AN_EPOCH)
-    sweep = [r for r in usual if r["settings"]["seed"] == _tuning.SEED]
+    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
     rates = sorted({record["settings"]["learning_rate"] for record in sweep})
-    table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
-    for optimizer, group in _group(sweep, "optimizer", word_vectors.CURVES).items():
-        losses = {
-            record["settings"]["learning_rate"]: record["results"]["val_loss"]
-            for record in group
-        }
-        row = [word_vectors.CURVES[optimizer].label]
-        for rate in rates:
-            loss = losses.get(rate, "")
-            row.append("diverged" if loss is None else loss and f"{loss:.4f}")
-        table.append(row)
+    table = [["optimizer", "steps", *(f"{rate:g}" for rate in rates)]]
+    for batches_an_epoch, of_length in _by_length(sweep).items():
+        by_optimizer = _group(of_length, "optimizer", word_vectors.CURVES)
+        for optimizer, group in by_optimizer.items():
+            losses = {
+                record["settings"]["learning_rate"]: record["results"]["val_loss"]
+                for record in group
+            }
+            steps = group[0]["settings"]["epochs"] * batches_an_epoch
+            row = [word_vectors.CURVES[optimizer].label, str(steps)]
+            for rate in rates:
+                loss = losses.get(rate, "")
+                row.append("diverged" if loss is None else loss and f"{loss:.4f}")
+            table.append(row)
     return table
 
 
@@ -787,8 +795,7 @@ def neighbours_table(records: Sequence[Record]) -> Table:
 
     From the first seed, at the best rate.
     """
-    longest = max(record["settings"]["batches_an_epoch"] for record in records)
-    groups = _word_vector_groups(records, longest)
+    groups = _word_vector_groups(_by_length(records).popitem()[1])
     table = [["word", *(word_vectors.CURVES[each].label for each in groups)]]
     first = [
         min(group, key=lambda record: record["settings"]["seed"])
@@ -802,7 +809,8 @@ def neighbours_table(records: Sequence[Record]) -> Table:
 
 def draw_word_vectors(records: Sequence[Record]) -> Figure:
     """Loss on the validation pairs over the epochs, of all pairs and of rare words."""
-    groups = _word_vector_groups(records)
+    usual = _by_length(records)[word_vectors.BATCHES_AN_EPOCH]
+    groups = _word_vector_groups(usual)
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
     figure = Figure(figsize=(11, 4.5))
     plots = figure.subplots(1, 2)
@@ -817,22 +825,18 @@ def draw_word_vectors(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _word_vector_groups(
-    records: Sequence[Record], batches_an_epoch: int = word_vectors.BATCHES_AN_EPOCH
-) -> dict[str, list[Record]]:
+def _word_vector_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     return _at_best_rates(
-        _of_length(records, batches_an_epoch),
-        word_vectors.CURVES,
-        lambda results: results["val_loss"],
+        records, word_vectors.CURVES, lambda results: results["val_loss"]
     )
 
 
-def _of_length(records: Sequence[Record], batches_an_epoch: int) -> list[Record]:
-    return [
-        record
-        for record in records
-        if record["settings"]["batches_an_epoch"] == batches_an_epoch
-    ]
+def _by_length(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Group runs by how long they trained, the shortest first."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["settings"]["batches_an_epoch"]].append(record)
+    return dict(sorted(groups.items()))
 
 
 def _at_best_rates(
@@ -932,7 +936,8 @@ def _moments(
         name = f"ncf-{batch_size}" + ("-crosses" if crosses else "")
         label = f"NCF, batch {batch_size}" + (", crosses" if crosses else "")
         tasks.append((label, name, groups, hit_rate))
-    groups = _word_vector_groups(of["word_vectors"])
+    usual = _by_length(of["word_vectors"])[word_vectors.BATCHES_AN_EPOCH]
+    groups = _word_vector_groups(usual)
     tasks.append(("word vectors", "word_vectors", groups, "test_loss"))
 
     def points(measure: str, value: float) -> float:

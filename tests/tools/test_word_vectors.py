@@ -158,12 +158,12 @@ def ran(
     batches=word_vectors.BATCHES_AN_EPOCH,
 ):
     settings = {"optimizer": optimizer, "learning_rate": rate, "seed": seed}
-    settings |= {"batch_size": word_vectors.BATCH_SIZE, "batches_an_epoch": batches}
+    settings |= {"epochs": 4, "batches_an_epoch": batches}
     measured = {f"{part}_loss": loss for part in ("val", "test")}
     measured |= {f"{name}_rare": loss and 2 * loss for name in measured}
     results = {
         **measured,
-        "epochs": [{"epoch": 1, **measured}],
+        "epochs": [{"epoch": e, "seconds": e * batches, **measured} for e in (1, 2, 3)],
         "neighbours": {"great": [neighbour]},
     }
     return {"experiment": "word_vectors", "settings": settings, "results": results}
@@ -179,13 +179,14 @@ def test_each_optimizer_is_shown_at_the_rate_of_the_lowest_loss():
         ran("lazy-decay", 0.2, 1, 2.75, "other"),
         ran("lazy-decay", 0.3, 0, 1.5, "longer", batches=1000),
     ]
-    _, adam, decay = report.word_vectors_table(records)
-    assert adam[1:5] == ["0.1", "2", "2.2500 ± 3.1766", ""]
-    assert decay[4] == "+0.2500 ± 0.0000"
-    assert decay[6] == "+0.5000 ± 0.0000"
-    _, of_adam, of_decay = report.word_vectors_rates_table(records)
-    assert of_adam[1:] == ["2.0000", "3.0000", "diverged"]
-    assert of_decay[1:] == ["", "2.2500", ""]
+    _, adam, decay, longer = report.word_vectors_table(records)
+    assert adam[1:6] == ["1000", "0.1", "2", "2.2500 ± 3.1766", ""]
+    assert decay[5] == "+0.2500 ± 0.0000"
+    assert decay[7:] == ["+0.5000 ± 0.0000", "250.0"]
+    assert longer[1:6] == ["4000", "0.3", "1", "1.5000", ""]
+    _, of_adam, of_decay, _ = report.word_vectors_rates_table(records)
+    assert of_adam[1:] == ["1000", "2.0000", "3.0000", "diverged"]
+    assert of_decay[1:] == ["1000", "", "2.2500", ""]
     heading, great = report.neighbours_table(records)
     assert heading == ["word", "LazyOptimizer, decay"]  # of the longest trainings
     assert great == ["great", "longer"]
