@@ -123,6 +123,7 @@ def smoke_sizes(draw: str) -> Sizes:
     """Problems that take no time."""
     return Sizes(
         huge_table=4000,
+        wide_table=1000,
         big_table=2000,
         table=1000,
         medium_table=500,

@@ -58,6 +58,9 @@ class Sizes:
         huge_table, big_table, table, medium_table, small_table: rows of the embedding
             tables.
         huge_width: columns of a table that has as many rows as memory allows.
+        wide_table: rows of the table of keras issue 4365.
+        wide_width: its columns.
+        wide_rows: lookups a step there, 20 words in each of 128 texts.
         rows: lookups a step.
         draw: how rows are drawn, see `Problem`.
         matrices, matrix: the dense weights, 21 million.
@@ -68,6 +71,9 @@ class Sizes:
 
     huge_table: int = 10**8
     huge_width: int = 8
+    wide_table: int = 793_471
+    wide_width: int = 512
+    wide_rows: int = 2560
     big_table: int = 10**7
     table: int = 10**6
     medium_table: int = 10**5
@@ -107,6 +113,7 @@ def goals(sizes: Sizes) -> list[Goal]:
     return [
         *_fit_goals(sizes),
         *_huge_goals(sizes),
+        *_wide_goals(sizes),
         *_lazy_goals(sizes),
         *_lookahead_goals(sizes),
         *_dense_lazy_goals(sizes),
@@ -268,6 +275,22 @@ def _huge_goals(sizes: Sizes) -> Iterator[Goal]:
             TITLES[place],
             _big_step(lazy(place, sizes.huge_table), lazy(place, sizes.table)),
             2,
+        )
+
+
+def _wide_goals(sizes: Sizes) -> Iterator[Goal]:
+    """The model of keras issue 4365, whose steps took 2.3 s in 2016."""
+    problem = Problem(sizes.wide_table, sizes.wide_width, sizes.wide_rows)
+    for place in ("graph", "jax", "torch"):
+        adam, lazy = (
+            Variant(*PLACES[place], optimizer, problem, "fit")
+            for optimizer in ("Adam", "Lazy decay")
+        )
+        yield Goal(
+            f"fit-wide-{place}",
+            f"fit: Adam / Lazy decay, {sizes.wide_table} x {sizes.wide_width}",
+            TITLES[place],
+            _big_step(adam, lazy),
         )
 
 

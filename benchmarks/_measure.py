@@ -133,7 +133,7 @@ class Bench:
     def room(self, variant: Variant) -> Iterator[None]:
         """Have all memory free for a large table, and again after it."""
         # TensorFlow gives memory that it freed back when it ends, not before.
-        is_large = variant.problem.vocabulary > 10**6
+        is_large = variant.problem.weights > 10**8
         if is_large:
             self.workers.close_all()
         try:

@@ -43,6 +43,10 @@ FIT = (
     ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6"),
     ("fit-freeze-big-{place}", 'the same, `moments="freeze"`'),
     ("fit-huge-{place}", "LazyOptimizer, 10^8 rows of 8 / 10^6 rows of 8"),
+    (
+        "fit-wide-{place}",
+        "Adam / LazyOptimizer(Adam), 793,471 rows of 512 (keras issue 4365)",
+    ),
     ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
     ("fit-imported-{place}", "Adam, package in use / not imported"),
     ("fit-memory-{place}", "memory that grows with the table, in tables"),

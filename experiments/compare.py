@@ -23,11 +23,13 @@ MEASURES = {
     "large_table": "best_val_accuracy",
     "cifar": "test.accuracy",
     "language_model": "test_perplexity",
+    "ncf": "test_hr10",
+    "word_vectors": "test_loss",
 }
 
 
 def numbers(results: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
-    """List what a run measured, all but the time it took, with its place."""
+    """List the numbers that a run measured, but for the time it took, with places."""
     if isinstance(results, dict):
         for key, value in results.items():
             if not key.endswith("seconds"):
@@ -35,7 +37,7 @@ def numbers(results: Any, path: str = "") -> Iterator[tuple[str, float | None]]:
     elif isinstance(results, list):
         for index, value in enumerate(results):
             yield from numbers(value, f"{path}[{index}]")
-    else:
+    elif not isinstance(results, str):
         yield path, results
 
 

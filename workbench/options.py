@@ -79,16 +79,20 @@ def add_trainings(
     add_output(parser, f"results/{parser.prog}", output)
 
 
-def add_optimizers(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add what chooses among the optimizers."""
+def add_optimizers(
+    parser: argparse.ArgumentParser,
+    names: Iterable[str],
+    default: Sequence[str] | None = None,
+) -> None:
+    """Add what chooses among the optimizers, by default all."""
     names = list(names)
     parser.add_argument(
         "--optimizers",
         nargs="+",
         choices=names,
-        default=names,
+        default=default or names,
         metavar="NAME",
-        help=f"any of {', '.join(names)} (default: all)",
+        help=f"any of {', '.join(names)} (default: {' '.join(default or ['all'])})",
     )
 
 

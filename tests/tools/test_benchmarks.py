@@ -26,6 +26,7 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     for kind in (
         "fit-decay",
         "fit-huge",
+        "fit-wide",
         "fit-memory",
         "lookahead-adam",
         "memory-lazy",
