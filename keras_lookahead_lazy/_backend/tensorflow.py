@@ -35,14 +35,20 @@ PART_OF_TABLE = 8
 
 
 def is_dense(ids: Any) -> bool:
-    return not isinstance(ids, (tf.SparseTensor, tf.RaggedTensor))
+    return not isinstance(ids, tf.SparseTensor)
 
 
-def look_up(table: keras.Variable, ids: Any) -> tf.Tensor:
+def look_up(table: keras.Variable, ids: Any) -> tf.Tensor | tf.RaggedTensor:
     """Rows of the variable itself, and not of a copy of it."""
+    if isinstance(ids, tf.RaggedTensor):
+        return ids.with_flat_values(look_up(table, ids.flat_values))
     ids = tf.convert_to_tensor(ids)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
-    return tf.gather(_own_component(_keras.stored_value(table)), ids)
+    rows = _own_component(_keras.stored_value(table))
+    if in_xla():
+        # There is no copy there, and `tf.vectorized_map` takes no look-up in a variable.
+        rows = tf.convert_to_tensor(rows)
+    return tf.gather(rows, ids)
 
 
 def _own_component(variable: tf.Variable) -> tf.Variable:

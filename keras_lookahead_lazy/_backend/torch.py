@@ -30,8 +30,11 @@ def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
     ids = keras.ops.convert_to_tensor(ids).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
     value = _keras.stored_value(table)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # These know dense gradients only.
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):  # which know dense gradients only
         return torch.nn.functional.embedding(ids, value)
     return LookUp.apply(value, ids)
 
