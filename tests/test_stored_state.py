@@ -1,6 +1,5 @@
 """What is stored means what it says, and is loaded whole or not at all."""
 
-import itertools
 from typing import Any
 
 import keras
@@ -72,7 +71,8 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("saved", "loaded"), itertools.product(NESTINGS, NESTINGS))
+@pytest.mark.parametrize("saved", ["both", "one of two", "twice", "lazy"])
+@pytest.mark.parametrize("loaded", ["adam", "lookahead", "both", "the other", "scaled"])
 def test_no_file_moves_an_idle_row(files, saved, loaded):
     """Nor is a sync's pull toward something that is no slow weight.
 
@@ -147,6 +147,7 @@ def test_keras_finds_each_optimizer_once(name):
     assert len(found) == len(set(found)) == len(wrappers(model.optimizer))
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name", [name for name in NESTINGS if name not in ("one of two", "the other")]
 )
@@ -154,13 +155,22 @@ def test_a_file_that_keras_refuses(name, tmp_path):
     """Saved with one layer frozen, loaded with another: Keras's error, for all."""
 
     def model_with_frozen(layer):
-        model = make_model(NESTINGS[name]())
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((4,), dtype="int32"),
+                keras.layers.Embedding(ROWS, 3, name="words"),
+                keras.layers.Flatten(),
+                keras.layers.Dense(5, use_bias=False, name="hidden"),
+                keras.layers.Dense(1),
+            ]
+        )
         model.get_layer(layer).trainable = False
         model.compile(NESTINGS[name](), "mse", auto_scale_loss=False, **QUICK)
         model.optimizer.build(model.trainable_variables)
         return model
 
-    saved, loaded = model_with_frozen("words"), model_with_frozen("head")
+    saved, loaded = model_with_frozen("words"), model_with_frozen("hidden")
     train(saved, 2)
     saved.save_weights(tmp_path / "frozen.weights.h5")
     with pytest.raises(ValueError, match="could not be loaded"):
@@ -271,8 +281,9 @@ def test_exports_after_a_step(setting, around, eagerly, tmp_path):
     for ours, expected in zip(after, before, strict=True):
         np.testing.assert_array_equal(ours, expected)
     x = np.zeros((2, 4), "int32")
-    exported = tf.saved_model.load(str(tmp_path / "exported")).serve(x)
-    np.testing.assert_allclose(exported, model.predict(x, verbose=0), atol=1.0)
+    exported = tf.saved_model.load(str(tmp_path / "exported"))
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(exported.serve(x), expected, atol=1e-5)
 
 
 def test_a_step_that_raised_leaves_no_ids():

@@ -46,7 +46,7 @@ def look_up(table: keras.Variable, ids: Any) -> tf.Tensor | tf.RaggedTensor:
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
     rows = _own_component(_keras.stored_value(table))
     if in_xla():
-        # There is no copy there, and `tf.vectorized_map` takes no look-up in a variable.
+        # That is no copy, and `tf.vectorized_map` takes no look-up in a variable.
         rows = tf.convert_to_tensor(rows)
     return tf.gather(rows, ids)
 
