@@ -33,6 +33,12 @@ def add(number: Any, more: Any) -> Any:
     return (total + 2**31) % 2**32 - 2**31 if isinstance(total, int) else total
 
 
+def is_after(now: int, number: int) -> bool:
+    """Whether the update `now` comes after another."""
+    steps = add(now, -number)
+    return steps > 0 or steps < -HALF
+
+
 def age(now: Any, number: Any) -> Any:
     """How many updates `number` (int tensor) lies before the update `now`."""
     steps = now - number

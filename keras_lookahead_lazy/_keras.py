@@ -560,8 +560,10 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
 
 
 @functools.cache
-def replace_loss_scaling(apply_by_rows: Callable[..., bool]) -> None:
-    """Let `apply_by_rows` make a LossScaleOptimizer's step, unless it returns `False`.
+def replace_loss_scaling(
+    is_by_rows: Callable[[Any], bool], apply_by_rows: Callable[..., None]
+) -> None:
+    """Let `apply_by_rows` make the steps of those LossScaleOptimizers it is for.
 
     Keras puts this optimizer around the user's by itself, in `compile`.
     """
@@ -572,16 +574,19 @@ def replace_loss_scaling(apply_by_rows: Callable[..., bool]) -> None:
     def apply_scaled(
         self: Any, grads: list, trainable_variables: list | None = None
     ) -> None:
+        if not is_by_rows(self):
+            apply(self, grads, trainable_variables)
+            return
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(trainable_variables)
-        if not apply_by_rows(self, grads, trainable_variables):
-            apply(self, grads, trainable_variables)
+        apply_by_rows(self, grads, trainable_variables)
 
     @functools.wraps(stateless_apply)
-    def stateless_apply_scaled(self: Any, *values: list) -> tuple:
+    def stateless_apply_scaled(self: Any, *values: list, **named: list) -> tuple:
         # The base class's calls `apply`.
-        return keras.Optimizer.stateless_apply(self, *values)
+        base = keras.Optimizer.stateless_apply
+        return (base if is_by_rows(self) else stateless_apply)(self, *values, **named)
 
     scaling.apply, scaling.stateless_apply = apply_scaled, stateless_apply_scaled
 

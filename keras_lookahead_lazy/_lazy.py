@@ -502,7 +502,9 @@ class LazyOptimizer(OptimizerWrapper):
         for table in self._tables.values():
             updates = self._updates(table)
             caught_up = engine.read_count(table.caught_up)
-            if engine.is_recording() or int(caught_up) != int(updates):
+            if engine.is_recording() or _catch_up.is_after(
+                int(updates), int(caught_up)
+            ):
                 self._catch_up(table, updates, caught_up)
 
     def _catch_up(self, table: Table, updates: Any, caught_up: Any) -> None:
@@ -553,7 +555,7 @@ class LazyOptimizer(OptimizerWrapper):
         shares = {}
         for name, table in zip(self._table_names(), self._tables.values(), strict=True):
             updates = self._updates(table)
-            steps = _catch_up.add(int(updates), -since[name])
+            steps = _catch_up.add(int(updates), -since.get(name, 0))
             ages = _catch_up.age(updates, table.last_update.value)
             shares[name] = int(ops.count_nonzero(ages < steps)) / len(ages)
         return shares

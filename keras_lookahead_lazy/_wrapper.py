@@ -53,7 +53,7 @@ class OptimizerWrapper(keras.Optimizer):
     ) -> None:
         check_backend()
         _keras.note_compiled_models(_note)
-        _keras.replace_loss_scaling(_scale_by_rows)
+        _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
         _arguments.refuse(misplaced, type(self), _keras.innermost(inner_optimizer))
         # A callable, so that the base class makes no learning rate of its own.
@@ -506,16 +506,17 @@ class OptimizerWrapper(keras.Optimizer):
         return cls(**config)
 
 
+def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
+    """Whether one of this package's optimizers is inside."""
+    inside = chain(optimizer)
+    is_ours = any(isinstance(each, OptimizerWrapper) for each in inside)
+    return is_ours and engine.num_replicas() == 1
+
+
 def _scale_by_rows(
     optimizer: keras.optimizers.LossScaleOptimizer, grads: list, variables: list | None
-) -> bool:
-    """The step of a LossScaleOptimizer, if one of this package's is inside."""
-    if engine.num_replicas() > 1 or not any(
-        isinstance(each, OptimizerWrapper) for each in chain(optimizer)
-    ):
-        return False
+) -> None:
     _loss_scaling.apply(optimizer, grads, variables, [])
-    return True
 
 
 def _note(model: keras.Model) -> None:

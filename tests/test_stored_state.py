@@ -260,8 +260,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="SavedModel and tf.train.Checkpoint"
 )
-@pytest.mark.parametrize("eagerly", [False, True])
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(("around", "eagerly"), [(False, True), (True, False)])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_exports_after_a_step(setting, around, eagerly, tmp_path):
     import tensorflow as tf

@@ -172,7 +172,10 @@ def write_rows(
 
 
 def write_list(variable: keras.Variable, count: Any, values: tf.Tensor) -> tf.Tensor:
-    number, values = tf.size(values, INTEGERS), tf.cast(values, variable.dtype)
+    number, values = (
+        tf.size(values, tf.as_dtype(INTEGERS)),
+        tf.cast(values, variable.dtype),
+    )
     positions = count + tf.range(number)
     if not in_xla():  # which drops what lies past the end
         positions = positions[: tf.maximum(variable.shape[0] - count, 0)]
@@ -188,7 +191,9 @@ def listed_rows(
         indices, _ = tf.unique(tf.convert_to_tensor(ids)[:count])
         return RowGradient(read_rows(_native(variable), indices), indices, None)
     listed = tf.convert_to_tensor(ids)[:size]
-    listed = tf.where(tf.range(size, dtype=INTEGERS) < count, listed, listed[0])
+    listed = tf.where(
+        tf.range(size, dtype=tf.as_dtype(INTEGERS)) < count, listed, listed[0]
+    )
     indices = tf.sort(listed)
     position = tensorflow_rows.positions_of(indices)
     values = read_rows(_native(variable), indices)
