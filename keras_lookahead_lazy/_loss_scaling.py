@@ -8,6 +8,7 @@ around it, it does the same here with the sums over look-ups, in one decision.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import keras
 from keras import ops
@@ -29,7 +30,7 @@ def apply(
     """
     weights = variables or _keras.weights(optimizer)
     with _rows_taken(optimizer, grads, variables) as sums:
-        is_finite = optimizer.check_finite(sums)
+        is_finite = optimizer.check_finite([_entries(gradient) for gradient in sums])
         scale = ops.convert_to_tensor(optimizer.dynamic_scale)
         unscaled = [
             gradient
@@ -49,6 +50,15 @@ def apply(
     factor = ops.where(is_finite, ops.where(grows, 2.0, 1.0), 0.5)
     optimizer.step_counter.assign(ops.where(goes_on, steps + 1, 0))
     optimizer.dynamic_scale.assign(scale * factor)
+
+
+def _entries(gradient: Any) -> Any:
+    """All that a gradient consists of: of `tf.IndexedSlices`, each of the slices.
+
+    Keras would look at one of several slices of a row only.
+    """
+    values = getattr(gradient, "values", None)
+    return gradient if values is None or callable(values) else values
 
 
 def _rows_taken(
