@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 
 class _Gateway:
@@ -134,7 +135,7 @@ def _forget(entries: dict, key: int, _: weakref.ref) -> None:
 
 def look_up(table: jax.Array, ids: Any) -> jax.Array:
     """Rows of a table, noted in the backward pass."""
-    if not isinstance(table, jax.core.Tracer):
+    if not isinstance(table, jax.core.Tracer) or _in_shard_map():
         return _take(table, ids)
     gateway = _gateways.get(id(table))
     if gateway is None or gateway.table() is not table:
@@ -158,6 +159,11 @@ def look_ups(gradient: Any) -> list[tuple[jax.Array, jax.Array]]:
     here = _trace(gradient)
     is_here = all(_trace(array) is here for pair in noted for array in pair)
     return noted if is_here else []
+
+
+def _in_shard_map() -> bool:
+    """Whether this runs on each device alone; JAX adds the devices' gradients up."""
+    return AxisType.Manual in (jax.sharding.get_abstract_mesh().axis_types or ())
 
 
 def _trace(array: Any) -> Any:
