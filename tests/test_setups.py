@@ -38,6 +38,11 @@ SETUPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 UPCAST = BACKEND == "jax", "bfloat16 table"
 
 
+# Keras alone decays every row, and on TensorFlow it cannot scale `tf.IndexedSlices`.
+LEFT_OUT = {"weight_decay", "loss_scale_factor" if BACKEND == "tensorflow" else ""}
+COMPARED = [name for name in SETUPS if name not in LEFT_OUT]
+
+
 def make_model(optimizer, layer, jit, seed=0):
     keras.utils.set_random_seed(seed)
     table = keras.layers.Embedding(ROWS, WIDTH, name="words", **layer)
@@ -126,7 +131,7 @@ def test_a_large_table_warns_once(monkeypatch):
 @pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("kind", ["SGD", "Adagrad"])
-@pytest.mark.parametrize("name", [n for n in SETUPS if n != "weight_decay"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_equals_keras_whatever_is_sampled(name, kind, around, jit):
     """SGD without momentum and Adagrad move no row whose gradient is zero."""
     policy, layer, settings = SETUPS[name]
