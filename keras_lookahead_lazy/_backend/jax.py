@@ -213,7 +213,8 @@ def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
 
 def _is_known(values: jax.Array) -> jax.Array:
     """Always true, which XLA does not see, and not before the values are known."""
-    first = values.ravel()[:1].astype("float32").sum()
+    # Not `ravel`, which would gather what is divided between devices by columns.
+    first = values[(slice(1),) * values.ndim].astype("float32").sum()
     return (first > 0) | (first <= 0) | (first != first)
 
 
