@@ -45,7 +45,7 @@ def _call_by_rows(call: Any) -> Any:
         # A property of a subclass's own may return something else than the table.
         is_own = type(self).embeddings is not keras.layers.Embedding.embeddings
         table = None if is_own else _keras.looked_up_table(self)
-        if not _is_by_rows(table) or not engine.is_dense(inputs):
+        if not _is_by_rows(table):
             return call(self, inputs)
         ids = inputs
         if keras.backend.standardize_dtype(ids.dtype) not in ("int32", "int64"):

@@ -75,11 +75,11 @@ class Engine(Protocol):
 
     # Look-ups and their gradients
 
-    def is_dense(self, ids: Any) -> bool:
-        """Whether ids are in a dense tensor, so that `look_up` takes them."""
-
     def look_up(self, table: keras.Variable, ids: Any) -> Any:
-        """Rows of a table, read so that its gradient is known by rows."""
+        """Read rows of a table so that its gradient is known by rows.
+
+        Where a sparse tensor has no id, Keras looks up row 0, and so does this.
+        """
 
     def takes_rows(self, gradient: Any) -> bool:
         """Whether a gradient is known by rows to Keras's optimizers, too."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import keras
 from jax.experimental.sparse import JAXSparse
+from keras import ops
 
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import (
@@ -40,12 +41,8 @@ PART_OF_TABLE = 8
 # Look-ups and their gradients
 
 
-def is_dense(ids: Any) -> bool:
-    return not isinstance(ids, JAXSparse)
-
-
 def look_up(table: keras.Variable, ids: Any) -> jax.Array:
-    ids, value = jnp.asarray(ids), _keras.stored_value(table)
+    ids, value = ops.convert_to_tensor(ids, sparse=False), _keras.stored_value(table)
     reads = min([math.ceil(ids.size / LOOK_UPS_PER_READ), *ids.shape[:1]])
     if reads <= 1:
         return jax_gradient.look_up(value, ids)
@@ -129,10 +126,11 @@ def step_in_rounds(
 
 
 def whole(gradient: Any) -> jax.Array:
+
+    # A dense gradient is a sum already.
     return gradient.todense() if isinstance(gradient, JAXSparse) else gradient
 
 
-# A dense gradient is a sum already.
 sum_duplicates = whole
 
 

@@ -34,15 +34,11 @@ PART_OF_TABLE = 8
 # Look-ups and their gradients
 
 
-def is_dense(ids: Any) -> bool:
-    return not isinstance(ids, tf.SparseTensor)
-
-
 def look_up(table: keras.Variable, ids: Any) -> tf.Tensor | tf.RaggedTensor:
     """Rows of the variable itself, and not of a copy of it."""
     if isinstance(ids, tf.RaggedTensor):
         return ids.with_flat_values(look_up(table, ids.flat_values))
-    ids = tf.convert_to_tensor(ids)
+    ids = keras.ops.convert_to_tensor(ids, sparse=False)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
     rows = _own_component(_keras.stored_value(table))
     if in_xla():

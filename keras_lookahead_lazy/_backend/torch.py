@@ -22,10 +22,6 @@ ROWS_PER_ROUND = 4096
 # Look-ups and their gradients
 
 
-def is_dense(ids: Any) -> bool:
-    return not getattr(ids, "is_sparse", False)
-
-
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
     ids = keras.ops.convert_to_tensor(ids).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
