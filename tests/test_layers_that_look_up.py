@@ -199,7 +199,7 @@ def test_tables_are_trained_by_rows(name):
     expected = trained(name, keras.optimizers.SGD(0.3))
     lazy = LazyOptimizer(keras.optimizers.SGD(0.3))
     assert_agree(trained(name, lazy), expected)
-    forms = {name: f for name, f in lazy.step_forms.items() if "position" not in name}
+    forms = {name: f for name, f in lazy.step_forms.items() if "/position_" not in name}
     assert set(forms.values()) == {"rows"}  # each step uses every position
 
 
