@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks._measure import Bench, Figure, Variant
 from benchmarks.workers._problem import Problem
@@ -114,6 +114,7 @@ def goals(sizes: Sizes) -> list[Goal]:
         *_fit_goals(sizes),
         *_huge_goals(sizes),
         *_wide_goals(sizes),
+        *_setup_goals(sizes),
         *_lazy_goals(sizes),
         *_lookahead_goals(sizes),
         *_dense_lazy_goals(sizes),
@@ -292,6 +293,53 @@ def _wide_goals(sizes: Sizes) -> Iterator[Goal]:
             TITLES[place],
             _big_step(adam, lazy),
         )
+
+
+# Set-ups by their names: the dtype policy, what `_setups.SETUPS` calls the rest, the
+# places that have it, and how many times as long as the plain step it may take.
+SETUPS: dict[str, tuple[str, str, Sequence[str], float | None]] = {
+    "bfloat16": ("mixed_bfloat16", "plain", [*PLACES], 2),
+    "float16": ("mixed_float16", "plain", [*PLACES], 2),
+    "accumulation": ("float32", "accumulation", [*PLACES], 2),
+    "clipping": ("float32", "clipping", [*PLACES], 2),
+    "activity": ("float32", "activity", [*PLACES], 2),
+    "mirrored": ("float32", "mirrored", ["graph"], 3),
+    "data-parallel": ("float32", "data-parallel", ["jax"], 3),
+    "model-parallel": ("float32", "model-parallel", ["jax"], 3),
+    "ema": ("float32", "ema", [*PLACES], None),
+    "regularizer": ("float32", "regularizer", [*PLACES], None),
+}
+ON_DEVICES = ("mirrored", "data-parallel", "model-parallel")
+
+
+def _setup_goals(sizes: Sizes) -> Iterator[Goal]:
+    """The row step in what people train with, over the plain one."""
+    for name, (policy, setup, places, limit) in SETUPS.items():
+        for place in places:
+            worker, mode = PLACES[place]
+            problem = sizes.lookups(sizes.table, sparse=False)
+            plain = Variant(worker, mode, "Lazy decay", problem, "fit")
+            large = dataclasses.replace(
+                plain,
+                worker=f"{worker} on 2 CPUs" if name in ON_DEVICES else worker,
+                problem=dataclasses.replace(problem, policy=policy, setup=setup),
+            )
+            yield Goal(
+                f"fit-setups-{name}-{place}",
+                f"fit: Lazy decay, {name} / plain",
+                TITLES[place],
+                _step(large, plain),
+                limit,
+            )
+            medium = dataclasses.replace(large.problem, vocabulary=sizes.medium_table)
+            yield Goal(
+                f"fit-setups-{name}-scale-{place}",
+                f"fit: Lazy decay, {name}, {sizes.table:.0e} rows / "
+                f"{sizes.medium_table:.0e}",
+                TITLES[place],
+                _step(large, dataclasses.replace(large, problem=medium)),
+                1.5 if limit else None,
+            )
 
 
 def _lazy_goals(sizes: Sizes) -> Iterator[Goal]:

@@ -19,8 +19,9 @@ from benchmarks._peers import NotMeasured
 from benchmarks._workers import Worker, Workers
 from benchmarks.workers._problem import Problem
 
-# Of each call of `fit`, beside those that do not count: two cycles of k = 5.
-FIT_STEPS = 10
+# Of each call of `fit`, beside those that do not count: whole cycles of k = 5, and of
+# four accumulated gradients.
+FIT_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Variant:
     """An optimizer at work on a problem, in one worker.
 
     Attributes:
-        worker: "tensorflow", "jax", "torch", "jax on GPU", "torch on GPU" or "tfa".
+        worker: "tensorflow", "jax", "torch" or "tfa", or the same with " on GPU",
+            " on 2 CPUs" or " apart".
         mode: "graph", "jit" or "eager".
         optimizer: its name in the worker.
         problem: what it works on.

@@ -136,7 +136,8 @@ class Workers:
             if self._peers is None:
                 raise NotMeasured("peers were left out")
             return "tfa", str(_peers.tfa_python(self._peers)), no_gpu
-        # "jax", "jax on GPU", "jax apart": the last in a process of its own.
+        # "jax", "jax on GPU", "jax on 2 CPUs", "jax apart": the last in a process of
+        # its own.
         backend, _, device = name.partition(" ")
         if backend not in self._backends:
             raise NotMeasured(f"backend {backend} was left out")
@@ -145,6 +146,9 @@ class Workers:
             _peers.check_gpu()
         else:
             environment |= no_gpu
+        if device == "on 2 CPUs":
+            flag = "--xla_force_host_platform_device_count=2"
+            environment |= {"XLA_FLAGS": flag, "LOGICAL_CPUS": "2"}
         if backend == "torch" and self._peers is not None:
             environment["PYTHONPATH"] = _peers.pytorch_optimizer_path(self._peers)
         return f"keras_{backend}", sys.executable, environment

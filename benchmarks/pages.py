@@ -54,6 +54,22 @@ FIT = (
     ("fit-bare", "LazyOptimizer / LazyAdam's operations, same TensorFlow"),
     ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
 )
+SETUPS = tuple(
+    (f"fit-setups-{name}{scale}-{{place}}", f"{label}{of}")
+    for name, label in (
+        ("bfloat16", "`mixed_bfloat16`"),
+        ("float16", "`mixed_float16`"),
+        ("accumulation", "`gradient_accumulation_steps=4`"),
+        ("clipping", "`global_clipnorm`"),
+        ("activity", "`activity_regularizer=L2`"),
+        ("mirrored", "`MirroredStrategy`, 2 replicas"),
+        ("data-parallel", "`DataParallel`, 2 devices"),
+        ("model-parallel", "`ModelParallel`, 2 devices, a table in two halves"),
+        ("ema", "`use_ema=True`"),
+        ("regularizer", "`embeddings_regularizer=L2`"),
+    )
+    for scale, of in (("", ""), ("-scale", ", 10^6 rows / 10^5"))
+)
 LAZY_STEPS = (
     ("lazy-adam", "Adam / LazyOptimizer, 10^6 rows"),
     ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4"),
@@ -271,6 +287,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
 TABLES: _pages.Tables = {
     "costs-short": short,
     "fit": partial(ratios, FIT),
+    "setups": partial(ratios, SETUPS),
     "fit-times": fit_times,
     "lazy-steps": partial(ratios, LAZY_STEPS),
     "lookahead-steps": partial(ratios, LOOKAHEAD_STEPS),

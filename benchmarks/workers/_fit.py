@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ LENGTH = 32
 WARM_UP = 5
 
 
-def build(keras: Any, optimizer_of: Callable, mode: str, problem: Problem) -> Any:
+def build(
+    keras: Any, optimizer_of: Callable, mode: str, problem: Problem, **layer: Any
+) -> Any:
     """A compiled model that looks up `problem.rows` rows a step.
 
     Args:
@@ -24,11 +28,13 @@ def build(keras: Any, optimizer_of: Callable, mode: str, problem: Problem) -> An
         optimizer_of: makes the optimizer for a list of embedding layers.
         mode: "jit" to compile with XLA.
         problem: the size of the table.
+        layer: further arguments of the Embedding.
     """
     words = keras.layers.Embedding(
         problem.vocabulary,
         problem.width,
         embeddings_initializer=keras.initializers.Constant(0.01),
+        **layer,
     )
     inputs = keras.Input((LENGTH,), dtype="int32")
     mean = keras.layers.GlobalAveragePooling1D()(words(inputs))
@@ -52,6 +58,7 @@ class Fit(_serve.Case):
         model: what trains, from `build`, with its optimizer built.
         problem: what it looks up.
         temporary: as for any case.
+        scope: gives the context to train in.
     """
 
     def __init__(
@@ -60,8 +67,10 @@ class Fit(_serve.Case):
         model: Any,
         problem: Problem,
         temporary: Callable[[], int | None] | None = None,
+        scope: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
         self.temporary = temporary
+        self._scope = scope
         self._model = model
         self._callback = keras.callbacks.LambdaCallback
         self._data = data(problem)
@@ -107,11 +116,12 @@ class Fit(_serve.Case):
             self._start = 0
         part = slice(self._start, self._start + size)
         self._start += size
-        self._model.fit(
-            ids[part],
-            labels[part],
-            batch_size=self._batch,
-            shuffle=False,
-            verbose=0,
-            callbacks=[callback],
-        )
+        with self._scope():
+            self._model.fit(
+                ids[part],
+                labels[part],
+                batch_size=self._batch,
+                shuffle=False,
+                verbose=0,
+                callbacks=[callback],
+            )

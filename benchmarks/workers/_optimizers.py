@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras.optimizers import SGD, Adam
 
 from benchmarks.workers import _fit
 from benchmarks.workers._problem import Problem
+from benchmarks.workers._setups import SETUPS, distribution
 
 K = 5
 
@@ -21,10 +23,10 @@ def lookahead(inner: keras.Optimizer) -> keras.Optimizer:
     return Lookahead(inner, k=K)
 
 
-def lazy(tables: list, moments: str = "decay") -> keras.Optimizer:
+def lazy(tables: list, moments: str = "decay", **settings: Any) -> keras.Optimizer:
     from keras_lookahead_lazy import LazyOptimizer
 
-    return LazyOptimizer(Adam(), tables, moments=moments)
+    return LazyOptimizer(Adam(**settings), tables, moments=moments)
 
 
 def adam_alone() -> keras.Optimizer:
@@ -44,13 +46,15 @@ def adam_beside_lazy() -> keras.Optimizer:
 others: list[keras.Model] = []
 
 OPTIMIZERS = {
-    "Adam": lambda tables: Adam(),
+    "Adam": lambda tables, **settings: Adam(**settings),
     "SGD": lambda tables: SGD(1e-2, momentum=0.9),
     "Lookahead(Adam)": lambda tables: lookahead(Adam()),
     "Lookahead(SGD)": lambda tables: lookahead(SGD(1e-2, momentum=0.9)),
     "Lazy freeze": lambda tables: lazy(tables, "freeze"),
     "Lazy decay": lazy,
-    "Lookahead(Lazy decay)": lambda tables: lookahead(lazy(tables)),
+    "Lookahead(Lazy decay)": lambda tables, **settings: lookahead(
+        lazy(tables, **settings)
+    ),
     "Adam, package not imported": lambda tables: adam_alone(),
     "Adam, package in use": lambda tables: adam_beside_lazy(),
 }
@@ -68,9 +72,14 @@ def build(name: str, problem: Problem) -> tuple[keras.Optimizer, list[keras.Vari
 
 
 def build_model(name: str, mode: str, problem: Problem) -> keras.Model:
-    """A model that trains with an optimizer."""
+    """A model that trains with an optimizer, which is built."""
     keras.config.set_dtype_policy(problem.policy)
-    return _fit.build(keras, OPTIMIZERS[name], mode, problem)
+    setup = SETUPS[problem.setup]
+    optimizer_of = functools.partial(OPTIMIZERS[name], **setup.optimizer)
+    with distribution(problem.setup).scope():
+        model = _fit.build(keras, optimizer_of, mode, problem, **setup.layer)
+        model.optimizer.build(model.trainable_variables)
+    return model
 
 
 def states(optimizer: keras.Optimizer) -> list[Any]:

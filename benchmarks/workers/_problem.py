@@ -26,6 +26,8 @@ class Problem:
         matrices: number of dense weights.
         matrix: shape of each of them.
         policy: the dtype policy of a model's layers.
+        setup: how a model is trained beside that, a name in `_setups.SETUPS`.
+        tables: rows of further tables, for a model with many.
     """
 
     vocabulary: int = 0
@@ -36,12 +38,14 @@ class Problem:
     matrices: int = 0
     matrix: tuple[int, int] = (3000, 1000)
     policy: str = "float32"
+    setup: str = "plain"
+    tables: tuple[int, ...] = ()
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Shapes of the weights, the table's first."""
-        table = [(self.vocabulary, self.width)] if self.vocabulary else []
-        return table + [self.matrix] * self.matrices
+        sizes = [self.vocabulary, *self.tables] if self.vocabulary else []
+        return [(size, self.width) for size in sizes] + [self.matrix] * self.matrices
 
     @property
     def weights(self) -> int:

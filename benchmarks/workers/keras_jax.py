@@ -20,6 +20,7 @@ import optax  # noqa: E402
 
 from benchmarks.workers import _fit, _optimizers  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
+from benchmarks.workers._setups import distribution  # noqa: E402
 
 OPTAX = {
     "optax adam": lambda: optax.adam(1e-3),
@@ -64,7 +65,8 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         step = jax.jit(model.train_step, donate_argnums=0)
         return temporary(step.lower(state, (ids[batch], labels[batch])))
 
-    return _fit.Fit(keras, model, problem, train_step_temporary)
+    scope = distribution(problem.setup).scope
+    return _fit.Fit(keras, model, problem, train_step_temporary, scope)
 
 
 def temporary(lowered: jax.stages.Lowered) -> int | None:

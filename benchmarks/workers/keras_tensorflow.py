@@ -18,6 +18,13 @@ import tensorflow as tf  # noqa: E402
 from benchmarks.workers import _fit  # noqa: E402
 from benchmarks.workers._optimizers import build, build_model  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
+from benchmarks.workers._setups import distribution  # noqa: E402
+
+if devices := int(os.environ.get("LOGICAL_CPUS", 0)):
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration() for _ in range(devices)],
+    )
 
 
 def make(name: str, mode: str, problem: Problem) -> _serve.Case:
@@ -52,10 +59,10 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
 def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
     if name == "bare LazyAdam":
         model = _fit.build(keras, BareLazyAdam, mode, problem)
-    else:
-        model = build_model(name, mode, problem)
-    model.optimizer.build(model.trainable_variables)
-    return _fit.Fit(keras, model, problem)
+        model.optimizer.build(model.trainable_variables)
+        return _fit.Fit(keras, model, problem)
+    model = build_model(name, mode, problem)
+    return _fit.Fit(keras, model, problem, scope=distribution(problem.setup).scope)
 
 
 def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:

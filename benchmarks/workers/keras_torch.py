@@ -54,7 +54,6 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
     if name == "torch SparseAdam":
         return _serve.Case(torch_loop(problem), warm_up=_fit.WARM_UP)
     model = _optimizers.build_model(name, mode, problem)
-    model.optimizer.build(model.trainable_variables)
     touch(_optimizers.states(model.optimizer))
     return _fit.Fit(keras, model, problem)
 
