@@ -252,6 +252,20 @@ def has_step_of_its_own(attributes: Mapping[str, Any], module: str = "") -> bool
     return bool((own - taken_over) & attributes.keys())
 
 
+def updates_all_alike(optimizer: keras.Optimizer) -> bool:
+    """Whether the step is Keras's own, which looks at no name of a weight."""
+    return not any(
+        has_step_of_its_own(vars(cls)) and not cls.__module__.startswith("keras.src.")
+        for cls in type(optimizer).__mro__
+    ) and not has_step_of_its_own(vars(optimizer))
+
+
+def decays_weight(optimizer: keras.Optimizer, variable: Any) -> bool:
+    """Whether an optimizer's weight decay concerns a weight, if there is any."""
+    stand_in = _stand_in(optimizer, _exclude_from_weight_decay_cache={})
+    return stand_in._use_weight_decay(variable)
+
+
 class UnstoredVariable(keras.Variable):
     """A value that behaves like a variable and has no storage.
 

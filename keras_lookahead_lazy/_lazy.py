@@ -23,7 +23,7 @@ from keras_lookahead_lazy._arguments import (
 from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import MovedRows
 from keras_lookahead_lazy._keras import chain
-from keras_lookahead_lazy._row_step import Table, step
+from keras_lookahead_lazy._row_step import Part, Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 MOMENTS = ("decay", "freeze")
@@ -99,7 +99,7 @@ class LazyOptimizer(OptimizerWrapper):
         sources = _tables.check_sources(embedding_layers)
         check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         self._moments = moments
-        self._remember(_sources=sources, _frozen=[], _tables={}, _taken={})
+        self._remember(_sources=sources, _frozen=[], _tables={}, _taken={}, _waiting={})
         self._steps_running = 0  # one for each replica within a step
 
     def _remember(self, **attributes: Any) -> None:
@@ -236,6 +236,7 @@ class LazyOptimizer(OptimizerWrapper):
             variable,
             slots=_keras.slots(inner, variable),
             slots_by_row=slots_by_row,
+            kind=self._kind(variable, slots_by_row),
             log_rates=log_rates or {},
             last_update=last_update,
             caught_up=self._add_number(f"{name}_caught_up"),
@@ -243,6 +244,19 @@ class LazyOptimizer(OptimizerWrapper):
             reason=reason,
             accumulator=self._make_accumulator(variable, name) if not reason else None,
         )
+
+    def _kind(self, table: keras.Variable, slots_by_row: set[str]) -> Any:
+        """What tables have to have in common to be updated alike."""
+        inner = _keras.innermost(self._inner)
+        if not _keras.updates_all_alike(inner):
+            return None
+        slots = _keras.slots(inner, table)
+        if slots.keys() != slots_by_row:
+            return None
+        shapes = [(name, slot.shape[1:], slot.dtype) for name, slot in slots.items()]
+        decays = _keras.decays_weight(inner, table)
+        place = engine.placement(table)
+        return table.shape[1:], table.dtype, tuple(shapes), decays, place
 
     def _make_accumulator(
         self, variable: keras.Variable, name: str
@@ -272,6 +286,7 @@ class LazyOptimizer(OptimizerWrapper):
             for gradient, weight in zip(grads, weights, strict=True)
             if gradient is not None
         }
+        self._remember(_waiting={}, _expected=len(given & self._tables.keys()))
         update = self._accumulate if self._accumulates() else self._apply_inner
         with self.rows_taken(grads, variables) as sums, self._step():
             updated = update(sums, variables)
@@ -475,19 +490,22 @@ class LazyOptimizer(OptimizerWrapper):
         return self._steps_running > 0 and _keras.key(self, variable) in self._tables
 
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """The inner optimizer's step on a table, or on the replica of one."""
+        """The inner optimizer's step on a table, or on the replica of one.
+
+        It is made when all tables of the replica are here, so that they can be joined.
+        """
         key = _keras.key(self, variable)
         if key in self._taken:
             gradient = self._taken[key]._replace(sums=gradient)
-        step(
-            self._tables[key],
-            variable,
-            gradient,
-            learning_rate,
-            optimizer=_keras.innermost(self._inner),
-            updates=self._updates(self._tables[key]),
-            decays=self._moments == "decay",
-        )
+        table = self._tables[key]
+        part = Part(table, variable, gradient, self._updates(table))
+        replica = variable.device if engine.num_replicas() > 1 else None
+        parts = self._waiting.setdefault(replica, [])
+        parts.append(part)
+        if len(parts) == self._expected:
+            del self._waiting[replica]
+            optimizer, decays = _keras.innermost(self._inner), self._moments == "decay"
+            step(parts, learning_rate, optimizer, decays)
 
     # Rows that are behind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -14,6 +14,9 @@ from keras_lookahead_lazy._accumulation import RowAccumulator
 from keras_lookahead_lazy._backend import RowGradient, Rows, engine
 from keras_lookahead_lazy._catch_up import where
 
+# Fewer tables have their steps one by one: to join their rows copies them.
+TABLES_TO_JOIN = 4
+
 
 @dataclass
 class Table:
@@ -23,6 +26,8 @@ class Table:
         variable: the table, of shape `(vocabulary, ...)`.
         slots: the inner optimizer's slots for it, by name.
         slots_by_row: the names of those that have an entry for each row.
+        kind: equal for tables whose rows the inner optimizer updates alike, so that
+            they can be joined; `None` if it may tell tables apart.
         log_rates: logarithm of each slot's decay in a step without gradient; empty
             where that is not known, so that each step has to work on every row.
         last_update: int variable of shape `(vocabulary,)`, see `_catch_up`.
@@ -39,6 +44,7 @@ class Table:
     variable: keras.Variable
     slots: dict[str, keras.Variable]
     slots_by_row: set[str]
+    kind: Any
     log_rates: Mapping[str, float]
     last_update: keras.Variable
     caught_up: keras.Variable
@@ -59,35 +65,66 @@ class Table:
         """Whether each step has to work on every row."""
         return self.reason is not None
 
+    def may_join(self) -> bool:
+        """Whether a step may join rows of this table with those of others."""
+        return not (self.kind is None or self.every_row or self.constraint is not None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step does to one table.
+
+    Attributes:
+        table: the table.
+        replica: the table's variable, or the replica of it that is being updated.
+        gradient: of the table; dense, sparse or a `RowGradient`.
+        updates: the number of the table's updates before this one.
+    """
+
+    table: Table
+    replica: Any
+    gradient: Any
+    updates: Any
+
+    @property
+    def stored(self) -> list:
+        """Of the same replica, the table and what is kept for it."""
+        return [engine.replica(v, self.replica) for v in self.table.variables]
+
 
 def step(
-    table: Table,
-    replica: Any,
-    gradient: Any,
-    learning_rate: Any,
-    optimizer: keras.Optimizer,
-    updates: Any,
-    decays: bool,
+    parts: Sequence[Part], learning_rate: Any, optimizer: keras.Optimizer, decays: bool
 ) -> None:
-    """The inner optimizer's own step, on the sampled rows of a table.
+    """The inner optimizer's own step, on the sampled rows of some tables.
+
+    Rows of tables that may be joined are one tensor for it. A model with 26 tables
+    would otherwise be compiled, or run operation by operation, 26 times.
 
     Args:
-        replica: the table, or the replica of it that is being updated.
-        gradient: of the table; dense, sparse or a `RowGradient`.
         optimizer: the inner optimizer.
-        updates: the number of the table's updates before this one.
         decays: whether slots of rows that were not sampled decay, or stay.
     """
-    caught_up = engine.replica(table.caught_up, replica)
-    now = _catch_up.add(updates, 1)
+    groups: dict[Any, list[Part]] = {}
+    for part in parts:
+        may_join = part.table.may_join() and engine.fits_a_round(part.gradient)
+        groups.setdefault(part.table.kind if may_join else id(part), []).append(part)
+    for group in groups.values():
+        joined = [group] if len(group) >= TABLES_TO_JOIN else [[part] for part in group]
+        for members in joined:
+            _step_on(members, learning_rate, optimizer, decays)
 
-    def step_on(gradient: Any, stored: Sequence) -> None:
-        rows = _SampledRows(table, stored, gradient, decays)
+
+def _step_on(
+    parts: Sequence[Part], learning_rate: Any, optimizer: keras.Optimizer, decays: bool
+) -> None:
+    table = parts[0].table
+
+    def step_on(rows: _SampledRows) -> None:
         if rows.is_empty:
             return  # Keras on TensorFlow cannot add where there are no rows
         if decays and table.log_rates:
-            rows.catch_up(updates, caught_up)
-        rows.last_update.assign(now + ops.zeros_like(rows.last_update.value))
+            rows.catch_up()
+        rows.note_update()
         _keras.step_on_rows(
             optimizer,
             table.variable,
@@ -100,57 +137,113 @@ def step(
             rows.weight.assign(table.constraint(rows.weight.masked()))
         rows.write()
 
-    stored = [engine.replica(variable, replica) for variable in table.variables]
-    engine.step_in_rounds(gradient, stored, step_on)
+    if len(parts) > 1:
+        step_on(_SampledRows(parts, [part.stored for part in parts], decays))
+        return
+
+    def step_on_round(gradient: Any, stored: Sequence) -> None:
+        part = replace(parts[0], gradient=gradient)
+        step_on(_SampledRows([part], [stored], decays))
+
+    engine.step_in_rounds(parts[0].gradient, parts[0].stored, step_on_round)
 
 
 class _SampledRows:
-    """The rows that a step works on, read once: of the table and what is kept for it.
+    """The rows that a step works on, read once: of tables and what is kept for them.
 
     Where a step works on the whole table, the rows that were not sampled keep their
     values all the same; only slots that decay do so in every row.
     """
 
     def __init__(
-        self, table: Table, stored: Sequence, gradient: Any, decays: bool
+        self, parts: Sequence[Part], stored: Sequence[Sequence], decays: bool
     ) -> None:
-        self._stored = stored
+        self._parts, self._stored, table = parts, stored, parts[0].table
         self._log_rates = table.log_rates
-        rows, values = _find_rows(gradient, stored, table.every_row)
-        self._indices, self.gradient = rows.indices, rows.gradient
+        found = [
+            _find_rows(part.gradient, variables, part.table.every_row)
+            for part, variables in zip(parts, stored, strict=True)
+        ]
+        self._rows = [rows for rows, _ in found]
+        self.gradient = _joined([rows.gradient for rows in self._rows])
+        self._last_updates = [values[1] for _, values in found]
+        masks = [rows.sampled for rows in self._rows]
+        sampled = _joined_masks(masks, self._last_updates)
+        # Slots that decay do so in every row of a table that is taken whole.
+        masks = [
+            None if decays and rows.indices is None else rows.sampled
+            for rows in self._rows
+        ]
+        decaying = _joined_masks(masks, self._last_updates)
 
-        def view(variable: keras.Variable, value: Any, may_all: bool) -> RowView:
-            sampled = None if may_all else rows.sampled
-            return RowView(value, variable, sampled, late=table.every_row)
+        def view(variable: keras.Variable, place: int, mask: Any) -> RowView:
+            value = _joined([values[place] for _, values in found])
+            return RowView(value, variable, mask, late=table.every_row)
 
-        def all_change(name: str) -> bool:
-            return name not in table.slots_by_row or (decays and rows.indices is None)
-
-        self.weight = view(table.variable, values[0], may_all=False)
-        self.last_update = view(table.last_update, values[1], may_all=False)
+        self.weight = view(table.variable, 0, sampled)
+        self.last_update = view(table.last_update, 1, sampled)
         self.slots = {
-            name: view(slot, value, may_all=all_change(name))
-            for (name, slot), value in zip(table.slots.items(), values[2:], strict=True)
+            name: view(slot, place, decaying if name in table.slots_by_row else None)
+            for place, (name, slot) in enumerate(table.slots.items(), 2)
         }
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no rows, where that is known before the step runs."""
-        return self._indices is not None and self._indices.shape[0] == 0
+        return all(
+            r.indices is not None and r.indices.shape[0] == 0 for r in self._rows
+        )
 
-    def catch_up(self, updates: Any, caught_up: Any) -> None:
-        """Let slots decay by the steps that their rows missed in so many updates."""
-        before = engine.read_rows(caught_up, None)
+    def _of_each_table(self, numbers: Sequence[Any]) -> Any:
+        """A number of each table, for each of its rows; of one table, the number."""
+        if len(numbers) == 1:
+            return numbers[0]
+        pairs = zip(numbers, self._last_updates, strict=True)
+        return _joined([number + ops.zeros_like(rows) for number, rows in pairs])
+
+    def catch_up(self) -> None:
+        """Let slots decay by the steps that their rows missed."""
+        counters = [
+            engine.replica(part.table.caught_up, part.replica) for part in self._parts
+        ]
+        before = self._of_each_table([engine.read_rows(c, None) for c in counters])
+        updates = self._of_each_table([part.updates for part in self._parts])
         missed = _catch_up.steps_missed(updates, self.last_update.value, before)
         _catch_up.decay(self.slots, self._log_rates, missed)
-        if self._indices is None:
-            engine.write_count(caught_up, _catch_up.add(updates, 1))
+        for part, rows, counter in zip(self._parts, self._rows, counters, strict=True):
+            if rows.indices is None:
+                engine.write_count(counter, _catch_up.add(part.updates, 1))
+
+    def note_update(self) -> None:
+        """Make this update the last one that moved the rows."""
+        now = [_catch_up.add(part.updates, 1) for part in self._parts]
+        zeros = ops.zeros_like(self.last_update.value)
+        self.last_update.assign(self._of_each_table(now) + zeros)
 
     def write(self) -> None:
         """Write the rows back."""
         views = [self.weight, self.last_update, *self.slots.values()]
         values = [view.masked().value for view in views]
-        engine.write_rows(self._stored, self._indices, values)
+        if len(self._parts) == 1:
+            engine.write_rows(self._stored[0], self._rows[0].indices, values)
+            return
+        split = [engine.split(value, self._last_updates) for value in values]
+        for stored, rows, *new in zip(self._stored, self._rows, *split, strict=True):
+            engine.write_rows(stored, rows.indices, new)
+
+
+def _joined(tensors: Sequence[Any]) -> Any:
+    return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
+
+
+def _joined_masks(masks: Sequence[Any], rows: Sequence[Any]) -> Any:
+    """Which rows of all tables may change; `None` if all may."""
+    if all(mask is None for mask in masks):
+        return None
+    pairs = zip(masks, rows, strict=True)
+    return _joined(
+        [ops.ones_like(r, "bool") if mask is None else mask for mask, r in pairs]
+    )
 
 
 def _find_rows(

@@ -91,6 +91,9 @@ class Engine(Protocol):
             The reason, if it has other parts or is better taken as a whole.
         """
 
+    def fits_a_round(self, gradient: Any) -> bool:
+        """Whether `step_in_rounds` would call the step once."""
+
     def step_in_rounds(
         self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]
     ) -> None:
@@ -136,6 +139,12 @@ class Engine(Protocol):
         self, variables: Sequence[Any], indices: Any, values: Sequence[Any]
     ) -> None:
         """Assign the same rows of some replicas; all, if `indices` is `None`."""
+
+    def split(self, joined: Any, parts: Sequence[Any]) -> list:
+        """What was joined from rows of several, in parts as long as the given ones."""
+
+    def placement(self, variable: keras.Variable) -> Any:
+        """Rows of tables with the same placement can be joined at no cost."""
 
     def write_list(self, variable: Any, count: Any, values: Any) -> Any:
         """Write ids behind the first `count` of a list, as many as have room.

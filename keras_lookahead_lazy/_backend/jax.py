@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,12 +95,17 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     return RowGradient(sums, indices, None)
 
 
+def fits_a_round(gradient: Any) -> bool:
+    is_by_rows = isinstance(gradient, RowGradient)
+    return not is_by_rows or len(gradient.indices) <= LOOK_UPS_PER_ROUND
+
+
 def step_in_rounds(
     gradient: Any, variables: Sequence[keras.Variable], step: Callable
 ) -> None:
     """A loop, through which the variables' values go."""
     size, rows = LOOK_UPS_PER_ROUND, variables[0].shape[0]
-    if not isinstance(gradient, RowGradient) or len(gradient.indices) <= size:
+    if fits_a_round(gradient):
         step(gradient, variables)
         return
     sums, indices, _ = gradient
@@ -126,11 +132,10 @@ def step_in_rounds(
 
 
 def whole(gradient: Any) -> jax.Array:
-
-    # A dense gradient is a sum already.
     return gradient.todense() if isinstance(gradient, JAXSparse) else gradient
 
 
+# A dense gradient is a sum already.
 sum_duplicates = whole
 
 
@@ -220,6 +225,17 @@ def _whole_rounds(count: int) -> int:
     """So many places that they are a whole number of rounds, if more than one."""
     size = min(count, LOOK_UPS_PER_ROUND)
     return size * math.ceil(count / size)
+
+
+def split(joined: jax.Array, parts: Sequence[jax.Array]) -> list[jax.Array]:
+    ends = itertools.accumulate(len(part) for part in parts)
+    return jnp.split(joined, list(ends)[:-1])
+
+
+def placement(variable: keras.Variable) -> Any:
+    layout = variable.value.sharding
+    is_divided = not layout.is_fully_replicated
+    return id(variable) if is_divided else layout
 
 
 def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:

@@ -80,8 +80,12 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     return RowGradient(gradient.values, gradient.indices, None)
 
 
+def fits_a_round(gradient: Any) -> bool:
+    """Always: a replica has the look-ups of its own part of the batch."""
+    return True
+
+
 def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
-    """In one: a replica has the look-ups of its own part of the batch."""
     step(gradient, variables)
 
 
@@ -205,6 +209,17 @@ def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
         past_end = tf.constant(variable.shape[0], indices.dtype)
         indices = tf.where(tensorflow_rows.is_known(rows.sums), indices, past_end)
     write_rows([_native(variable)], indices, [tf.zeros_like(rows.by_row())])
+
+
+def split(joined: tf.Tensor, parts: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    sizes = [part.shape[0] for part in parts]
+    if None in sizes:
+        sizes = [tf.shape(part)[0] for part in parts]
+    return tf.split(joined, sizes)
+
+
+def placement(variable: keras.Variable) -> Any:
+    return _native(variable).device
 
 
 def row_layout(variable: keras.Variable) -> None:

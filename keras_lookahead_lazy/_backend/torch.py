@@ -23,7 +23,7 @@ ROWS_PER_ROUND = 4096
 
 
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
-    ids = keras.ops.convert_to_tensor(ids).long()
+    ids = (ids if torch.is_tensor(ids) else keras.ops.convert_to_tensor(ids)).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
     value = _keras.stored_value(table)
     if (
@@ -64,8 +64,12 @@ def row_gradient(
     return _backend.RowGradient(sums, indices, position)
 
 
+def fits_a_round(gradient: Any) -> bool:
+    """Always: a replica has the look-ups of its own part of the batch."""
+    return True
+
+
 def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
-    """In one: a replica has the look-ups of its own part of the batch."""
     step(gradient, variables)
 
 
@@ -170,6 +174,14 @@ def _positions(indices: torch.Tensor) -> torch.Tensor:
     position = torch.zeros_like(indices)
     torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
     return position
+
+
+def split(joined: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list(joined.split([len(part) for part in parts]))
+
+
+def placement(variable: keras.Variable) -> Any:
+    return variable.value.device
 
 
 def row_layout(variable: keras.Variable) -> None:

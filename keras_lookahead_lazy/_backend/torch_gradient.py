@@ -149,16 +149,13 @@ def _by_rows(function: Any, gradient: Any, *others: Any) -> torch.Tensor | None:
 class LookUp(torch.autograd.Function):
     """Rows of a table, whose gradient is a `RowGradient`."""
 
+    # In one method: with a `setup_context`, torch looks up the signature in each call.
     @staticmethod
-    def forward(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.embedding(ids, table)
-
-    @staticmethod
-    def setup_context(context: Any, inputs: tuple, output: torch.Tensor) -> None:
-        table, ids = inputs
+    def forward(context: Any, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         context.save_for_backward(ids)
         context.save_for_forward(ids)
         context.shape = table.shape
+        return torch.nn.functional.embedding(ids, table)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple:
