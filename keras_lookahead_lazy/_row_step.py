@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lookahead_lazy import _catch_up, _keras
 from keras_lookahead_lazy._accumulation import RowAccumulator
-from keras_lookahead_lazy._backend import RowGradient, Rows, engine
+from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import where
 
 # Fewer tables have their steps one by one: to join their rows copies them.
@@ -106,7 +106,9 @@ def step(
     """
     groups: dict[Any, list[Part]] = {}
     for part in parts:
-        may_join = part.table.may_join() and engine.fits_a_round(part.gradient)
+        may_join = part.table.may_join() and engine.may_join(
+            part.gradient, part.table.variable
+        )
         groups.setdefault(part.table.kind if may_join else id(part), []).append(part)
     for group in groups.values():
         joined = [group] if len(group) >= TABLES_TO_JOIN else [[part] for part in group]
@@ -160,25 +162,15 @@ class _SampledRows:
     ) -> None:
         self._parts, self._stored, table = parts, stored, parts[0].table
         self._log_rates = table.log_rates
-        found = [
-            _find_rows(part.gradient, variables, part.table.every_row)
-            for part, variables in zip(parts, stored, strict=True)
-        ]
-        self._rows = [rows for rows, _ in found]
-        self.gradient = _joined([rows.gradient for rows in self._rows])
-        self._last_updates = [values[1] for _, values in found]
-        masks = [rows.sampled for rows in self._rows]
-        sampled = _joined_masks(masks, self._last_updates)
-        # Slots that decay do so in every row of a table that is taken whole.
-        masks = [
-            None if decays and rows.indices is None else rows.sampled
-            for rows in self._rows
-        ]
-        decaying = _joined_masks(masks, self._last_updates)
+        find = self._find if len(parts) == 1 else self._find_joined
+        values, sampled = find()
+        self._last_updates = values[1]
+        decaying = sampled
+        if decays and sampled is not None:
+            decaying = self._with_whole_tables(sampled)
 
         def view(variable: keras.Variable, place: int, mask: Any) -> RowView:
-            value = _joined([values[place] for _, values in found])
-            return RowView(value, variable, mask, late=table.every_row)
+            return RowView(_joined(values[place]), variable, mask, late=table.every_row)
 
         self.weight = view(table.variable, 0, sampled)
         self.last_update = view(table.last_update, 1, sampled)
@@ -187,12 +179,52 @@ class _SampledRows:
             for place, (name, slot) in enumerate(table.slots.items(), 2)
         }
 
+    def _with_whole_tables(self, sampled: Any) -> Any:
+        """The same, and every row of a table that is taken whole; `None` if all."""
+        are_whole = [indices is None for indices in self._indices]
+        if not any(are_whole):
+            return sampled
+        if all(are_whole):
+            return None
+        pairs = zip(are_whole, self._last_updates, strict=True)
+        fills = [ops.full(ops.shape(rows), whole, "bool") for whole, rows in pairs]
+        return sampled | _joined(fills)
+
+    def _find(self) -> tuple[list, Any]:
+        """The rows of one table.
+
+        Returns:
+            The values there of each stored variable, a list for each; and which of
+            the rows were sampled, `None` if all.
+        """
+        (part,), (stored,) = self._parts, self._stored
+        if isinstance(part.gradient, RowGradient):
+            rows = engine.mark_idle(part.gradient.indices, part.gradient.by_row())
+            values = [engine.read_rows(variable, rows.indices) for variable in stored]
+        else:
+            every_row = part.table.every_row
+            rows, values = engine.find_rows(part.gradient, stored, every_row)
+        self._indices, self.gradient = [rows.indices], rows.gradient
+        return [[value] for value in values], rows.sampled
+
+    def _find_joined(self) -> tuple[list, Any]:
+        """The rows of several, with the idle ones."""
+        found = [
+            engine.rows_to_join(part.gradient, stored[0])
+            for part, stored in zip(self._parts, self._stored, strict=True)
+        ]
+        self._indices = [indices for indices, _ in found]
+        self.gradient = _joined([gradient for _, gradient in found])
+        values = [
+            [engine.read_rows(variable, indices) for variable in stored]
+            for stored, indices in zip(self._stored, self._indices, strict=True)
+        ]
+        return list(map(list, zip(*values, strict=True))), engine.sampled(self.gradient)
+
     @property
     def is_empty(self) -> bool:
         """Whether there are no rows, where that is known before the step runs."""
-        return all(
-            r.indices is not None and r.indices.shape[0] == 0 for r in self._rows
-        )
+        return all(i is not None and i.shape[0] == 0 for i in self._indices)
 
     def _of_each_table(self, numbers: Sequence[Any]) -> Any:
         """A number of each table, for each of its rows; of one table, the number."""
@@ -210,8 +242,10 @@ class _SampledRows:
         updates = self._of_each_table([part.updates for part in self._parts])
         missed = _catch_up.steps_missed(updates, self.last_update.value, before)
         _catch_up.decay(self.slots, self._log_rates, missed)
-        for part, rows, counter in zip(self._parts, self._rows, counters, strict=True):
-            if rows.indices is None:
+        for part, indices, counter in zip(
+            self._parts, self._indices, counters, strict=True
+        ):
+            if indices is None:
                 engine.write_count(counter, _catch_up.add(part.updates, 1))
 
     def note_update(self) -> None:
@@ -225,34 +259,17 @@ class _SampledRows:
         views = [self.weight, self.last_update, *self.slots.values()]
         values = [view.masked().value for view in views]
         if len(self._parts) == 1:
-            engine.write_rows(self._stored[0], self._rows[0].indices, values)
+            engine.write_rows(self._stored[0], self._indices[0], values)
             return
         split = [engine.split(value, self._last_updates) for value in values]
-        for stored, rows, *new in zip(self._stored, self._rows, *split, strict=True):
-            engine.write_rows(stored, rows.indices, new)
+        for stored, indices, *new in zip(
+            self._stored, self._indices, *split, strict=True
+        ):
+            engine.write_rows(stored, indices, new)
 
 
 def _joined(tensors: Sequence[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
-
-
-def _joined_masks(masks: Sequence[Any], rows: Sequence[Any]) -> Any:
-    """Which rows of all tables may change; `None` if all may."""
-    if all(mask is None for mask in masks):
-        return None
-    pairs = zip(masks, rows, strict=True)
-    return _joined(
-        [ops.ones_like(r, "bool") if mask is None else mask for mask, r in pairs]
-    )
-
-
-def _find_rows(
-    gradient: Any, variables: Sequence, every_row: bool
-) -> tuple[Rows, list[Any]]:
-    if not isinstance(gradient, RowGradient):
-        return engine.find_rows(gradient, variables, every_row)
-    rows = engine.mark_idle(gradient.indices, gradient.by_row())
-    return rows, [engine.read_rows(variable, rows.indices) for variable in variables]
 
 
 class RowView(_keras.UnstoredVariable):

@@ -91,8 +91,23 @@ class Engine(Protocol):
             The reason, if it has other parts or is better taken as a whole.
         """
 
-    def fits_a_round(self, gradient: Any) -> bool:
-        """Whether `step_in_rounds` would call the step once."""
+    def may_join(self, gradient: Any, table: Any) -> bool:
+        """Whether the rows that a step on a table works on are few enough to be joined.
+
+        Args:
+            gradient: of the table, in any form.
+            table: the table's variable.
+        """
+
+    def rows_to_join(self, gradient: Any, table: Any) -> tuple[Any, Any]:
+        """The rows of a gradient that may be joined, and the sum for each.
+
+        Returns:
+            Their indices, `None` for every row; and the gradient.
+        """
+
+    def sampled(self, gradient: Any) -> Any:
+        """Which rows of a gradient have an entry that is not zero; `None` if all."""
 
     def step_in_rounds(
         self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]

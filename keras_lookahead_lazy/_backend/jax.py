@@ -95,9 +95,20 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     return RowGradient(sums, indices, None)
 
 
-def fits_a_round(gradient: Any) -> bool:
+def may_join(gradient: Any, table: keras.Variable) -> bool:
     is_by_rows = isinstance(gradient, RowGradient)
-    return not is_by_rows or len(gradient.indices) <= LOOK_UPS_PER_ROUND
+    return len(gradient.indices if is_by_rows else gradient) <= LOOK_UPS_PER_ROUND
+
+
+def rows_to_join(gradient: Any, table: keras.Variable) -> tuple[Any, jax.Array]:
+    if isinstance(gradient, RowGradient):
+        return gradient.indices, gradient.by_row()
+    return None, gradient
+
+
+def sampled(gradient: jax.Array) -> jax.Array:
+    # XLA fuses a maximum into one pass over the gradient, but not `any(... != 0)`.
+    return jnp.max(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim))) != 0
 
 
 def step_in_rounds(
@@ -105,7 +116,7 @@ def step_in_rounds(
 ) -> None:
     """A loop, through which the variables' values go."""
     size, rows = LOOK_UPS_PER_ROUND, variables[0].shape[0]
-    if fits_a_round(gradient):
+    if not isinstance(gradient, RowGradient) or len(gradient.indices) <= size:
         step(gradient, variables)
         return
     sums, indices, _ = gradient
@@ -155,14 +166,11 @@ def find_rows(
     A compiled program cannot have as many rows as happen to be sampled. XLA fuses
     the masked update into the one pass that the inner optimizer makes anyway.
     """
-    axes = tuple(range(1, gradient.ndim))
-    # XLA fuses a maximum into one pass over the gradient, but not `any(... != 0)`.
-    sampled = jnp.max(jnp.abs(gradient), axis=axes) != 0
-    return Rows(None, gradient, sampled), [v.value for v in variables]
+    return Rows(None, gradient, sampled(gradient)), [v.value for v in variables]
 
 
 def mark_idle(indices: jax.Array, gradient: jax.Array) -> Rows:
-    return Rows(indices, gradient, (gradient != 0).any(tuple(range(1, gradient.ndim))))
+    return Rows(indices, gradient, sampled(gradient))
 
 
 def read_rows(variable: keras.Variable, indices: Any) -> jax.Array:

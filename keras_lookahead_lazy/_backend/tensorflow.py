@@ -25,6 +25,8 @@ INTEGERS = "int64"
 # Under XLA, where both have fixed shapes, rows pay when a table has so many times
 # more rows than a step has look-ups (measured).
 ROWS_PER_LOOK_UP = 8
+# A table that is taken whole is joined with others if it has at most so many rows.
+ROWS_TO_JOIN = 2**14
 # A sync under XLA works on so many rows at a time, which bounds what it needs.
 ROWS_PER_ROUND = 4096
 # It takes the whole table where one in so many rows has moved, or it is small.
@@ -80,9 +82,29 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
     return RowGradient(gradient.values, gradient.indices, None)
 
 
-def fits_a_round(gradient: Any) -> bool:
-    """Always: a replica has the look-ups of its own part of the batch."""
-    return True
+def may_join(gradient: Any, table: tf.Variable) -> bool:
+    return (
+        isinstance(gradient, (RowGradient, tf.IndexedSlices))
+        or table.shape[0] <= ROWS_TO_JOIN
+    )
+
+
+def rows_to_join(gradient: Any, table: tf.Variable) -> tuple[Any, tf.Tensor]:
+    if isinstance(gradient, RowGradient):
+        return gradient.indices, gradient.by_row()
+    if not isinstance(gradient, tf.IndexedSlices) or (
+        in_xla() and _is_small(table, gradient)
+    ):
+        return None, tf.convert_to_tensor(gradient)
+    if in_xla():
+        indices, position, sums = tensorflow_rows.sorted_sums(gradient)
+        return indices, tf.gather(sums, position)
+    gradient = sum_duplicates(gradient)
+    return gradient.indices, gradient.values
+
+
+def sampled(gradient: tf.Tensor) -> tf.Tensor:
+    return tensorflow_rows.has_entries(gradient)
 
 
 def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
@@ -125,13 +147,13 @@ def find_rows(
     def read(indices: Any) -> list:
         return [read_rows(variable, indices) for variable in variables]
 
-    slices = isinstance(gradient, tf.IndexedSlices) and not every_row
-    if slices and not (in_xla() and _is_small(variables[0], gradient)):
-        if in_xla():
-            indices, position, sums = tensorflow_rows.sorted_sums(gradient)
-            sums = tf.gather(sums, position)
-            sampled = tensorflow_rows.has_entries(sums)
-            return Rows(indices, sums, sampled), read(indices)
+    if every_row:
+        gradient = tf.convert_to_tensor(gradient)
+        return Rows(None, gradient, sampled(gradient)), read(None)
+    if in_xla():
+        indices, gradient = rows_to_join(gradient, variables[0])
+        return Rows(indices, gradient, sampled(gradient)), read(indices)
+    if isinstance(gradient, tf.IndexedSlices):
         gradient = sum_duplicates(gradient)
         # Read before it is known which are idle: the two do not wait for each other.
         sums, indices, *values = tensorflow_rows.without_idle_rows(
@@ -139,15 +161,12 @@ def find_rows(
         )
         return Rows(indices, sums, None), values
     gradient = tf.convert_to_tensor(gradient)
-    sampled = tensorflow_rows.has_entries(gradient)
-    if every_row or in_xla():
-        return Rows(None, gradient, sampled), read(None)
-    indices = tf.where(sampled)[:, 0]
+    indices = tf.where(sampled(gradient))[:, 0]
     return Rows(indices, tf.gather(gradient, indices), None), read(indices)
 
 
 def mark_idle(indices: tf.Tensor, gradient: tf.Tensor) -> Rows:
-    return Rows(indices, gradient, tensorflow_rows.has_entries(gradient))
+    return Rows(indices, gradient, sampled(gradient))
 
 
 def _is_small(table: Any, slices: tf.IndexedSlices) -> bool:

@@ -64,9 +64,21 @@ def row_gradient(
     return _backend.RowGradient(sums, indices, position)
 
 
-def fits_a_round(gradient: Any) -> bool:
-    """Always: a replica has the look-ups of its own part of the batch."""
-    return True
+def may_join(gradient: Any, table: keras.Variable) -> bool:
+    return isinstance(gradient, _backend.RowGradient)
+
+
+def rows_to_join(
+    gradient: _backend.RowGradient, table: keras.Variable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gradient.indices, gradient.by_row()
+
+
+def sampled(gradient: torch.Tensor) -> torch.Tensor | None:
+    # Idle rows are rare: where none even begins with a zero, there is none to look for.
+    if _is_on_host(gradient) and gradient.flatten(1)[:, 0].all():
+        return None
+    return _has_entries(gradient)
 
 
 def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
@@ -99,11 +111,11 @@ def find_rows(
     Their number would have to come to the host, which stalls an accelerator, and a
     compiler wants fixed shapes.
     """
-    sampled = _has_entries(gradient)
+    has_entry = _has_entries(gradient)
     if every_row or not _is_on_host(gradient):
-        rows = Rows(None, gradient, sampled)
+        rows = Rows(None, gradient, has_entry)
     else:
-        indices = sampled.nonzero()[:, 0]
+        indices = has_entry.nonzero()[:, 0]
         rows = Rows(indices, gradient.index_select(0, indices), None)
     return rows, [read_rows(variable, rows.indices) for variable in variables]
 
@@ -111,10 +123,9 @@ def find_rows(
 def mark_idle(indices: torch.Tensor, gradient: torch.Tensor) -> Rows:
     if not _is_on_host(gradient):
         return Rows(indices, gradient, _has_entries(gradient))
-    # Idle rows are rare: where none even begins with a zero, there is none to look for.
-    if not gradient.flatten(1)[:, 0].all():
-        sampled = _has_entries(gradient)
-        indices, gradient = indices[sampled], gradient[sampled]
+    has_entry = sampled(gradient)
+    if has_entry is not None:
+        indices, gradient = indices[has_entry], gradient[has_entry]
     return Rows(indices, gradient, None)
 
 
