@@ -97,9 +97,12 @@ FIRST_STEPS = (
 SHORT = (
     ("fit-adam-graph", "Adam / LazyOptimizer(Adam), table of 10^6 x 64, TensorFlow"),
     ("fit-adam-jax", "the same on JAX"),
-    ("fit-adam-torch", "the same on torch"),
-    ("fit-decay-scale-graph", "LazyOptimizer(Adam) at 10^6 rows / at 10^5, TensorFlow"),
-    ("fit-torch-loop", "LazyOptimizer(Adam) / a plain torch loop with SparseAdam"),
+    ("fit-adam-torch", "the same on PyTorch"),
+    (
+        "fit-decay-scale-graph",
+        "LazyOptimizer(Adam), 10^6 rows / 10^5 rows, TensorFlow",
+    ),
+    ("fit-torch-loop", "LazyOptimizer(Adam) / SparseAdam in a plain PyTorch loop"),
     ("fit-lookahead-jax", "Lookahead(LazyOptimizer(Adam)) / LazyOptimizer(Adam), JAX"),
 )
 
@@ -136,8 +139,8 @@ def names(pattern: str) -> list[str]:
 
 
 def short() -> Table:
-    """What a reader in a hurry wants to know."""
-    table = [["time of a `fit` step over that of another", "ratio"]]
+    """Write the few ratios that matter most."""
+    table = [["time per `fit` step: the first / the second", "ratio"]]
     for name, label in SHORT:
         peers = _peers(name)
         table.append([label, " ".join([_measured(name), *(f"({p})" for p in peers)])])
