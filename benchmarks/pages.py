@@ -38,9 +38,9 @@ MISSING = "not measured"
 FIT = (
     ("fit-adam-{place}", "Adam / LazyOptimizer(Adam), 10^6 rows"),
     ("fit-small-{place}", "LazyOptimizer(Adam) / Adam, 10^4 rows"),
-    ("fit-decay-scale-{place}", "LazyOptimizer, 10^6 rows / 10^5"),
+    ("fit-decay-scale-{place}", "LazyOptimizer, 10^6 rows / 10^5 rows"),
     ("fit-freeze-scale-{place}", 'the same, `moments="freeze"`'),
-    ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6"),
+    ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6 rows"),
     ("fit-freeze-big-{place}", 'the same, `moments="freeze"`'),
     ("fit-huge-{place}", "LazyOptimizer, 10^8 rows of 8 / 10^6 rows of 8"),
     (
@@ -48,11 +48,11 @@ FIT = (
         "Adam / LazyOptimizer(Adam), 793,471 rows of 512 (keras issue 4365)",
     ),
     ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
-    ("fit-imported-{place}", "Adam, package in use / not imported"),
-    ("fit-memory-{place}", "memory that grows with the table, in tables"),
+    ("fit-imported-{place}", "Adam, package in use / package not imported"),
+    ("fit-memory-{place}", "memory that grows with the table, in table sizes"),
     ("fit-tfa", "LazyOptimizer / tfa LazyAdam"),
     ("fit-bare", "LazyOptimizer / LazyAdam's operations, same TensorFlow"),
-    ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
+    ("fit-torch-loop", "LazyOptimizer / SparseAdam in a plain loop"),
 )
 SETUPS = tuple(
     (f"fit-setups-{name}{scale}-{{place}}", f"{label}{of}")
@@ -72,7 +72,7 @@ SETUPS = tuple(
 )
 LAZY_STEPS = (
     ("lazy-adam", "Adam / LazyOptimizer, 10^6 rows"),
-    ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4"),
+    ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4 rows"),
     ("lazy-freeze-scale", 'the same, `moments="freeze"`'),
     ("lazy-decay-tfa", "LazyOptimizer / tfa LazyAdam"),
     ("lazy-freeze-tfa", 'the same, `moments="freeze"`'),
@@ -87,8 +87,11 @@ LOOKAHEAD_STEPS = (
     ("lookahead-sgd-{place}", "Lookahead(SGD) / SGD"),
 )
 MEMORY = (
-    ("memory-lookahead-{place}", "Lookahead(Adam) - Adam, in copies of the weights"),
-    ("memory-lazy-{place}", "LazyOptimizer - Adam, bytes a row of the table"),
+    (
+        "memory-lookahead-{place}",
+        "Lookahead(Adam) minus Adam, in copies of the weights",
+    ),
+    ("memory-lazy-{place}", "LazyOptimizer minus Adam, in bytes per table row"),
 )
 FIRST_STEPS = (
     ("first-lookahead-{place}", "Lookahead(Adam) / Adam"),
@@ -114,7 +117,7 @@ def lines() -> dict[str, dict[str, Any]]:
 
 def ratios(chosen: Sequence[tuple[str, str]]) -> Table:
     """Lines by what they compare, a column for each place."""
-    table = [["", *TITLES.values(), "peers"]]
+    table = [["what is compared", *TITLES.values(), "other packages"]]
     for pattern, label in chosen:
         by_place = {goals_by_name()[name].where: name for name in names(pattern)}
         cells = [
