@@ -56,11 +56,11 @@ def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> No
     settings = {name: v for name, v in unknown.items() if _accepts(type(inner), name)}
     others = [name for name in unknown if name in _OWNERS]
     names = ", ".join(f"`{name}`" for name in unknown)
-    message = f"{cls} takes no argument {names}."
+    message = f"{cls} has no argument {names}."
     if renamed:
-        message += f" It has other names here: {cls}(..., {_written(renamed)})."
+        message += f" The names here are different: {cls}(..., {_written(renamed)})."
     if settings:
-        message += " Give what is meant for the inner optimizer to that one: "
+        message += " Pass inner-optimizer arguments to the inner optimizer instead: "
         message += f"{cls}({inner_cls}({_written(settings)}), ...)."
     if others:
         message += f" {_OWNERS[others[0]]} has {', '.join(f'`{n}`' for n in others)}: "
@@ -96,8 +96,10 @@ def _accepts(cls: type, name: str) -> bool:
 def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> None:
     """Raise `ValueError` for an argument that is none of some words."""
     if value not in choices:
-        words = (" or " if len(choices) == 2 else ", ").join(map(repr, choices))
-        raise ValueError(f"`{name}` says {says}: {words}. Received: {name}={value!r}.")
+        words = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ValueError(
+            f"`{name}` must be {words} ({says}). Received: {name}={value!r}."
+        )
 
 
 def check_k(k: Any) -> int:
@@ -108,8 +110,8 @@ def check_k(k: Any) -> int:
         steps = 0
     if isinstance(k, bool) or steps < 1:
         raise ValueError(
-            "`k` is the number of updates between two syncs, an int of at least 1, "
-            f"such as k=5. Received: k={k!r}."
+            "`k` (the number of updates between two syncs) must be an int of at least "
+            f"1, such as k=5. Received: k={k!r}."
         )
     return steps
 
@@ -122,8 +124,8 @@ def check_alpha(alpha: Any) -> float:
         step = float("nan")
     if isinstance(alpha, (bool, str)) or not 0 < step <= 1:
         raise ValueError(
-            "`alpha` is the step of the slow weights, a number in (0, 1], such as "
-            f"alpha=0.5. Received: alpha={alpha!r}."
+            "`alpha` (the step of the slow weights) must be a number in (0, 1], such "
+            f"as alpha=0.5. Received: alpha={alpha!r}."
         )
     return step
 
@@ -133,8 +135,9 @@ def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
     cls = wrapper.__name__
     if isinstance(optimizer, dict) and "class_name" not in optimizer:
         raise ValueError(
-            f"A config of an optimizer is what keras.optimizers.serialize(optimizer) "
-            f"gives. Received a dict with the keys {list(optimizer)}."
+            "The config of an optimizer must be the result of "
+            "keras.optimizers.serialize(optimizer). Received a dict with the keys "
+            f"{list(optimizer)}."
         )
     if isinstance(optimizer, (str, dict)):
         return keras.optimizers.get(optimizer)
@@ -152,13 +155,13 @@ def _described(given: Any) -> str:
     library = cls.__module__.partition(".")[0]
     if library in _OTHER_LIBRARIES:
         return (
-            f"{cls.__module__}.{cls.__name__}; what is of {library} cannot train a "
-            "model of Keras 3"
+            f"{cls.__module__}.{cls.__name__}; an optimizer of {library} cannot train "
+            "a Keras 3 model"
         )
     if isinstance(given, type) and issubclass(given, keras.Optimizer):
         return f"the class {cls.__name__}; write {cls.__name__}()"
     if isinstance(given, keras.Model):
-        return f"the model {given.name!r}; a model gets it in model.compile(...)"
+        return f"the model {given.name!r}; pass the optimizer to model.compile(...)"
     if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
         return f"the schedule {cls.__name__}; write Adam(schedule)"
     return f"{shown(given)} of type {cls.__name__}"
@@ -191,8 +194,8 @@ def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
     if inside is not last:
         write += f" inside the {type(last).__name__}"
     raise ValueError(
-        f"{kind} keeps weights in its slots and computes an average of them from those "
-        "and the model's weights. A sync has to move both, or the average is lost. "
+        f"{kind} keeps weights in its slots, and computes their average from the slots "
+        "and the model's weights. A sync must change both, or the average is lost. "
         f"Received: inner_state={inner_state!r}. Write {write}."
     )
 
@@ -209,10 +212,10 @@ def check_rows_may_rest(optimizer: keras.Optimizer) -> None:
         kind = type(optimizer).__name__
         raise ValueError(
             f"LazyOptimizer cannot go around {kind}. It averages over all steps, so "
-            "every weight moves in every step, also without a gradient; rows that stay "
-            "where they are between their samples would hardly be trained. Use "
+            "every weight changes in every step, even without a gradient. Rows that "
+            "do not change between their samples would hardly be trained. Use "
             "LazyOptimizer(AdamW(...)) with a learning rate schedule. To keep "
-            f"{kind} for the other weights, put both into a MultiOptimizer."
+            f"{kind} for the other weights, combine the two in a MultiOptimizer."
         )
 
 
@@ -220,7 +223,7 @@ def check_type(name: str, value: Any, cls: type, says: str) -> None:
     """Raise `TypeError` for an argument that is no instance of a class."""
     if not isinstance(value, cls):
         raise TypeError(
-            f"`{name}` is {says}. Received: {shown(value)} of type "
+            f"`{name}` must be {says}. Received: {shown(value)} of type "
             f"{type(value).__name__}."
         )
 
@@ -229,14 +232,14 @@ def check_weights(weights: Any) -> list:
     """The weights to train, as a list, or an error."""
     if isinstance(weights, keras.layers.Layer):
         raise TypeError(
-            f"An optimizer takes weights, not the {type(weights).__name__} "
-            f"{weights.name!r} that has them: optimizer.build(model."
+            f"Expected a list of weights, not the {type(weights).__name__} "
+            f"{weights.name!r} that contains them: optimizer.build(model."
             "trainable_variables)."
         )
     # A variable could be gone through like a list, row by row.
     if _is_variable(weights) or not isinstance(weights, Iterable):
         raise TypeError(
-            "An optimizer takes a list of weights: optimizer.build(model."
+            "Expected a list of weights: optimizer.build(model."
             f"trainable_variables). Received {shown(weights)} of type "
             f"{type(weights).__name__}."
         )
@@ -244,7 +247,7 @@ def check_weights(weights: Any) -> list:
     for weight in weights:
         if not _is_variable(weight):
             raise TypeError(
-                "An optimizer takes variables, such as model.trainable_variables. "
+                "Expected variables, such as model.trainable_variables. "
                 f"Received in the list: {shown(weight)} of type "
                 f"{type(weight).__name__}."
             )
@@ -259,17 +262,16 @@ def check_slots_are_known(
     if not unknown:
         return
     kind, names = type(inner).__name__, ", ".join(each.path for each in unknown)
-    keeps = f"keeps {names}, which may be some, but"
+    keeps = f"{setting} needs the slots of the inner optimizer, but {kind} keeps "
+    keeps += f"{names}, which may be slots,"
     if hasattr(inner, "optimizers"):
         raise ValueError(
-            f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in "
-            "optimizers of its own. Wrap each of those instead of all in one, or use "
-            f"{instead}."
+            f"{keeps} in optimizers of its own. Wrap each of those instead of all in "
+            f"one, or use {instead}."
         )
     raise ValueError(
-        f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in no list "
-        "with one entry for each weight, in the order of `build`. Keep them like this, "
-        f"or use {instead}."
+        f"{keeps} in another place than a list with one entry per weight, in the order "
+        f"of `build`. Keep slots in such a list, or use {instead}."
     )
 
 
@@ -284,14 +286,14 @@ def check_gradients(gradients: Any, weights: list) -> None:
         isinstance(gradient, tuple) for gradient in gradients
     ):
         raise TypeError(
-            "An optimizer takes a list of gradients and one of weights: "
-            "optimizer.apply(gradients, weights). Pairs of both go to "
+            "Expected a list of gradients and a list of weights: "
+            "optimizer.apply(gradients, weights). For pairs of both, use "
             f"optimizer.apply_gradients(pairs). Received {shown(gradients)} of type "
             f"{type(gradients).__name__}."
         )
     if len(gradients) != len(weights):
         raise ValueError(
-            "An optimizer takes a gradient for each weight, None where there is none. "
+            "Expected one gradient per weight, or None if a weight has none. "
             f"Received {len(gradients)} gradients for {len(weights)} weights."
         )
     if all(gradient is None for gradient in gradients):
@@ -303,8 +305,9 @@ def check_gradients(gradients: Any, weights: list) -> None:
         shape = _static_shape(gradient)
         if shape is not None and not _fits(shape, tuple(weight.shape)):
             raise ValueError(
-                f"A gradient has its weight's shape. That of {_keras.path(weight)} "
-                f"has shape {shape}; the weight has {tuple(weight.shape)}."
+                "A gradient must have the shape of its weight. The gradient of "
+                f"{_keras.path(weight)} has shape {shape}; the weight has "
+                f"{tuple(weight.shape)}."
             )
 
 

@@ -80,8 +80,9 @@ class SlowWeights(keras.callbacks.Callback):
             check_type(name, value, bool, "True or False, as in SlowWeights(True)")
         if prefix is not None and not (isinstance(prefix, str) and prefix):
             raise TypeError(
-                "`prefix` is what names of metrics on the slow weights begin with, "
-                f"such as prefix='slow_'. Received: prefix={prefix!r}."
+                "`prefix` must be a non-empty string that the names of metrics on the "
+                f"slow weights begin with, such as prefix='slow_'. Received: "
+                f"prefix={prefix!r}."
             )
         self.end_on_slow_weights = end_on_slow_weights
         self.save_best_slow_weights = save_best_slow_weights
@@ -237,7 +238,7 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
             f"The model {model.name!r} is not compiled. Call model.compile(...) "
-            "first, or compile it with Lookahead(optimizer) at once."
+            "first, or compile it with Lookahead(optimizer) directly."
         )
     arguments: dict[str, Any] = _keras.compile_arguments(model)
     outer = model.optimizer
@@ -245,8 +246,8 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         if isinstance(each, Lookahead):
             raise ValueError(
                 f"The optimizer of the model {model.name!r} has a Lookahead already, "
-                f"with k={each.k} and alpha={each.alpha}. For others, compile the "
-                "model with a new Lookahead(...)."
+                f"with k={each.k} and alpha={each.alpha}. To use other values, compile "
+                "the model with a new Lookahead(...)."
             )
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):
         lookahead = Lookahead(outer.inner_optimizer, k=k, alpha=alpha)

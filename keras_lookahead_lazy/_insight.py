@@ -57,7 +57,7 @@ class Insight(keras.callbacks.Callback):
         self._lazy = _first(optimizers, LazyOptimizer)
         if self._lookahead is None and self._lazy is None:
             raise ValueError(
-                "Insight tells of Lookahead and LazyOptimizer, and the model's "
+                "Insight logs what Lookahead and LazyOptimizer do, but the model's "
                 f"optimizer is {type(self.model.optimizer).__name__}. Compile the "
                 "model with Lookahead(...) or LazyOptimizer(...), or remove Insight "
                 "from the callbacks."

@@ -31,7 +31,7 @@ MOMENTS = ("decay", "freeze")
 LARGE = 10**5
 REGULARIZED = (
     "the table's embeddings_regularizer gives every row a gradient. The layer's "
-    "activity_regularizer penalises the looked-up rows only"
+    "activity_regularizer penalizes only the rows that are looked up"
 )
 
 
@@ -159,8 +159,9 @@ class LazyOptimizer(OptimizerWrapper):
             return
         table.has_warned = True
         warnings.warn(
-            f"Each step passes over all {rows} rows of {_keras.path(table.variable)} "
-            f"({table.form}). See `step_forms` and the page on large embedding tables.",
+            f"Each step works on all {rows} rows of {_keras.path(table.variable)} "
+            f"({table.form}). See `step_forms` and the documentation page "
+            "'Large embedding tables'.",
             stacklevel=2,
         )
 
@@ -170,7 +171,7 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _why_gradients_are_dense(self) -> str | None:
         if self.gradient_accumulation_steps and not self._accumulates():
-            return "gradient accumulation adds up whole gradients here"
+            return "gradient accumulation works on whole gradients in this set-up"
         return None
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -188,9 +189,9 @@ class LazyOptimizer(OptimizerWrapper):
         found, frozen = _tables.find_tables(self._sources, variables, weights)
         if frozen and variables:
             warnings.warn(
-                f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
-                "All other weights are trained. After unfreezing, compile the model "
-                "with a new LazyOptimizer.",
+                "LazyOptimizer does not train embedding tables that are frozen: "
+                f"{', '.join(frozen)}. All other weights are trained. After "
+                "unfreezing, compile the model with a new LazyOptimizer.",
                 stacklevel=2,
             )
         if not self._inner.built:
@@ -221,8 +222,8 @@ class LazyOptimizer(OptimizerWrapper):
         log_rates = _decay_rates.log_rates(inner)
         reason = None
         if log_rates is None:
-            reason = f"{type(inner).__name__} is not known to update rows "
-            reason += "one by one and to decay in closed form"
+            reason = f"{type(inner).__name__} is not known to treat each row by "
+            reason += "itself, with slots that decay by constant factors"
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
         name = variable.path.replace("/", "_")  # as slots are named
@@ -606,9 +607,9 @@ class LazyOptimizer(OptimizerWrapper):
                 table.caught_up.assign(self._updates(table))
             old, new = (MOMENTS[1 - int(decays)] for decays in (stored, own))
             warnings.warn(
-                f"The file was saved with moments={old!r}; training goes on with "
-                f"moments={new!r}. To go on as before, make the LazyOptimizer with "
-                f"moments={old!r}.",
+                f"The file was saved with moments={old!r}; training continues with "
+                f"moments={new!r}. To continue as before, create the LazyOptimizer "
+                f"with moments={old!r}.",
                 stacklevel=2,
             )
 
@@ -620,7 +621,7 @@ class LazyOptimizer(OptimizerWrapper):
         return {"embedding_layers": names, "moments": self._moments}
 
 
-_MOMENTS_SAY = "what the slots of rows that were not sampled do"
+_MOMENTS_SAY = "what happens to the slots of rows that were not sampled"
 
 
 def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
@@ -628,7 +629,7 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
         inside = type(optimizer).__name__
         if isinstance(optimizer, LazyOptimizer):
             raise ValueError(
-                "A LazyOptimizer inside a LazyOptimizer has no meaning. Name all "
+                "A LazyOptimizer cannot be inside another LazyOptimizer. List all "
                 "tables in one: LazyOptimizer(Adam(1e-3), embedding_layers=[...])."
             )
         if isinstance(optimizer, OptimizerWrapper):
@@ -638,12 +639,12 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
             )
         if hasattr(optimizer, "optimizers"):
             raise ValueError(
-                f"LazyOptimizer goes inside {inside}, not around it: give it one "
-                "of the optimizers there, wrapped, for the embedding tables."
+                f"LazyOptimizer goes inside {inside}, not around it: wrap the "
+                "optimizer in it that trains the embedding tables."
             )
         if _keras.is_taken_over(optimizer):
             raise ValueError(
-                f"This {inside} already works inside another LazyOptimizer. "
-                "Give each its own inner optimizer."
+                f"This {inside} is already inside another LazyOptimizer. "
+                "Give each LazyOptimizer its own inner optimizer."
             )
     check_rows_may_rest(_keras.innermost(inner_optimizer))

@@ -318,8 +318,8 @@ class Lookahead(OptimizerWrapper):
             _keras.key(self, fast) for fast, _ in self._pairs
         ):
             raise ValueError(
-                f"This Lookahead does not train the model {model.name!r} (yet). "
-                "Compile the model with it, and build or fit the model, first."
+                f"This Lookahead does not train the model {model.name!r}, or not yet. "
+                "Compile the model with it, and build or fit the model first."
             )
 
     def _own_settings(self) -> dict[str, Any]:
@@ -364,7 +364,7 @@ def _initial_values(
     for slot, array in zip(slots, arrays, strict=True):
         if array.min() != array.max():
             raise ValueError(
-                "inner_state='reset' gives each slot of the inner optimizer the "
+                "inner_state='reset' sets each slot of the inner optimizer to the "
                 f"constant that it starts from, but {slot.path} of "
                 f"{type(optimizer).__name__} starts from the weights. Use "
                 "inner_state='maintain' or 'interpolate'."

@@ -83,8 +83,8 @@ class SlowWeightsInModel(AbstractContextManager):
             if engine.is_recording():
                 raise RuntimeError(
                     "The model holds its slow weights: an evaluation with SlowWeights "
-                    "was interrupted. Call model.get_weights() once, which puts the "
-                    "fast weights back, before the step collects its weights."
+                    "was interrupted. Call model.get_weights() once, before the step "
+                    "collects its weights. That restores the fast weights."
                 )
             engine.store_state(self._model)
             pairs = self._lookahead._pairs
@@ -114,8 +114,8 @@ class SlowWeightsInModel(AbstractContextManager):
             raise RuntimeError(
                 "The model holds its slow weights, in a block "
                 "`with lookahead.slow_weights(model)` or an evaluation with "
-                "SlowWeights. What is trained there would be lost when the fast "
-                "weights come back. Train before or after it."
+                "SlowWeights. Training here would be lost when the fast weights are "
+                "restored. Train before or after it."
             )
 
     def _guard_methods(self) -> None:

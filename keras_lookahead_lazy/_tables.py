@@ -26,9 +26,9 @@ def check_sources(sources: Any) -> list[Source] | None:
         sources, Sequence
     ):
         raise TypeError(
-            "`embedding_layers` is a list of Embedding layers, variables or names, "
-            f"or None for every Embedding layer. Received: {shown(sources)} of type "
-            f"{type(sources).__name__}. Write embedding_layers=[...]."
+            "`embedding_layers` must be a list of Embedding layers, variables or "
+            f"names, or None for every Embedding layer. Received: {shown(sources)} of "
+            f"type {type(sources).__name__}. Write embedding_layers=[...]."
         )
     if not sources:
         raise ValueError(
@@ -40,8 +40,8 @@ def check_sources(sources: Any) -> list[Source] | None:
             continue
         if isinstance(source, keras.Model):
             raise ValueError(
-                f"`embedding_layers` takes layers; {source.name!r} is a model. Pass "
-                "None for every Embedding layer in it, or "
+                f"`embedding_layers` takes layers, but {source.name!r} is a model. "
+                "Pass None for every Embedding layer in it, or "
                 "[model.get_layer(name), ...]."
             )
         if isinstance(source, keras.layers.Layer):
@@ -54,7 +54,7 @@ def check_sources(sources: Any) -> list[Source] | None:
             if len(source.shape) < 2:
                 raise ValueError(
                     f"Variable {source.path!r} in `embedding_layers` has shape "
-                    f"{tuple(source.shape)}; a table has at least two dimensions."
+                    f"{tuple(source.shape)}; a table needs at least two dimensions."
                 )
         elif not isinstance(source, str):
             raise TypeError(
@@ -190,7 +190,7 @@ def _tables_of(source: Source, variables: list[keras.Variable]) -> list[keras.Va
         raise ValueError(
             f"Layer {source.name!r} in `embedding_layers` has no table among the "
             "trainable variables: it is not part of this model, or it is frozen. "
-            f"Trainable are: {_listing(variables)}."
+            f"The trainable variables are: {_listing(variables)}."
         )
     return tables
 
@@ -216,19 +216,19 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
             break
         if matches:
             raise ValueError(
-                f"The name {name!r} in `embedding_layers` fits several variables: "
+                f"The name {name!r} in `embedding_layers` matches several variables: "
                 f"{_listing(matches)}. Write the whole path of one."
             )
     else:
         raise ValueError(
-            f"The name {name!r} in `embedding_layers` fits no trainable variable. "
-            f"There are: {_listing(variables)}."
+            f"The name {name!r} in `embedding_layers` matches no trainable variable. "
+            f"The trainable variables are: {_listing(variables)}."
         )
     if len(matches[0].shape) < 2 or not (
         _is_table(matches[0]) or matches[0].name == name.split("/")[-1]
     ):
         raise ValueError(
-            f"The name {name!r} in `embedding_layers` is no embedding table but "
+            f"The name {name!r} in `embedding_layers` is not an embedding table but "
             f"{_listing(matches)}."
         )
     return matches[0]

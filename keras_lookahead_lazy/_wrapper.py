@@ -122,7 +122,7 @@ class OptimizerWrapper(keras.Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed and name in vars(self):
             raise AttributeError(
-                f"`{name}` is fixed by the constructor. Build a new optimizer, "
+                f"`{name}` is fixed by the constructor. Create a new optimizer, "
                 f"{type(self).__name__}(...), and compile the model with it."
             )
         # Keras on TensorFlow assigns nothing where the value is there already; the
@@ -161,9 +161,9 @@ class OptimizerWrapper(keras.Optimizer):
             trainable_variables = _arguments.check_weights(trainable_variables)
         elif not self.built:
             raise ValueError(
-                "The optimizer is not built and got gradients without variables. "
-                "Call optimizer.build(model.trainable_variables) first, or pass "
-                "the variables along with the gradients."
+                "The optimizer is not built, and it received gradients without "
+                "variables. Call optimizer.build(model.trainable_variables) first, or "
+                "pass the variables together with the gradients."
             )
         weights = trainable_variables or _keras.weights(self)
         if not self.has_taken_rows():  # which have other shapes
@@ -181,7 +181,7 @@ class OptimizerWrapper(keras.Optimizer):
             cls = type(self).__name__
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for no "
-                "weights, as Keras does when it loads a whole model from an old .h5 "
+                "weights. Keras does that when it loads a whole model from an old .h5 "
                 f"file. Compile the model with a new {cls}(...), and save it with "
                 "model.save('model.keras')."
             )
@@ -189,9 +189,9 @@ class OptimizerWrapper(keras.Optimizer):
             paths = ", ".join(_keras.path(variable) for variable in unknown)
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
-                f"weights; it does not know {paths}. One optimizer trains one model: "
-                f"give each its own {type(self).__name__}(...), and a new one to a "
-                "model that has got new weights, or unfrozen ones, since."
+                f"weights and does not know {paths}. One optimizer trains one model: "
+                f"give each model its own {type(self).__name__}(...). A model with "
+                "new weights, or newly unfrozen ones, needs a new one."
             )
 
     def stateless_apply(
@@ -397,8 +397,8 @@ class OptimizerWrapper(keras.Optimizer):
         was_built = [stored[name].shape for name in names] != [()]
         if was_built and not self._is_told:
             warnings.warn(
-                f"The file holds no state for the optimizer {self.name!r} as it is: "
-                f"{problem} {type(self).__name__} starts anew.",
+                f"The file holds no state that the optimizer {self.name!r} can use: "
+                f"{problem} {type(self).__name__} starts from the beginning.",
                 stacklevel=2,
             )
             for optimizer in chain(self)[1:]:  # which Keras loads next
@@ -418,13 +418,13 @@ class OptimizerWrapper(keras.Optimizer):
         if form > FORMAT:
             return (
                 f"it has format {form}, and this version of keras_lookahead_lazy "
-                f"knows formats up to {FORMAT}. Load it with a newer version."
+                f"can read formats up to {FORMAT}. Load it with a newer version."
             )
         missing = set(range(max(map(int, names), default=0))) - set(map(int, names))
         if missing:
             return (
-                f"its parts {', '.join(map(str, sorted(missing)))} are missing. It may "
-                "have been cut short; load an earlier one."
+                f"its parts {', '.join(map(str, sorted(missing)))} are missing. The "
+                "file may be incomplete; load an earlier one."
             )
         shapes = [stored[name].shape for name in sorted(names, key=int)]
         if shapes == [tuple(v.shape) for v in variables] and self._fits(stored):
@@ -436,13 +436,13 @@ class OptimizerWrapper(keras.Optimizer):
         ):
             return (
                 "it was written by a version of keras_lookahead_lazy before 0.2.0. To "
-                "go on exactly, finish the training with that version, or load the "
-                "weights alone."
+                "continue exactly, finish the training with that version. Otherwise "
+                "only the weights are loaded."
             )
         found = f"{len(names)} variables are stored and {len(variables)} expected."
         if len(names) == len(variables):
             found = "the stored variables have other shapes or are of other tables."
-        return f"{found} It was saved with another optimizer or model, or with none."
+        return f"{found} It was saved with another optimizer or model, or without one."
 
     def _fits(self, stored: dict[str, np.ndarray]) -> bool:
         """Whether what is stored was saved by a wrapper that does the same."""
@@ -462,9 +462,9 @@ class OptimizerWrapper(keras.Optimizer):
         for name, number in numbers.items():
             if number != own[name]:
                 warnings.warn(
-                    f"The file was saved with {name}={number}; training goes on with "
-                    f"{name}={own[name]} of {type(self).__name__}. To go on as before, "
-                    f"make the optimizer with {name}={number}.",
+                    f"The file was saved with {name}={number}; training continues with "
+                    f"{name}={own[name]} of this {type(self).__name__}. To continue as "
+                    f"before, create the optimizer with {name}={number}.",
                     stacklevel=2,
                 )
 
@@ -496,8 +496,9 @@ class OptimizerWrapper(keras.Optimizer):
         """An unbuilt optimizer with the arguments in `config`."""
         if "optimizer" not in config:
             raise ValueError(
-                f"The config of a {cls.__name__} has that of the inner optimizer as "
-                f"'optimizer'. Received a config with the keys {list(config)}."
+                f"The config of a {cls.__name__} must contain the config of the inner "
+                f"optimizer as 'optimizer'. Received a config with the keys "
+                f"{list(config)}."
             )
         config = dict(config)
         config["optimizer"] = keras.saving.deserialize_keras_object(

@@ -36,10 +36,10 @@ class Rows:
 
 
 OTHER_PARTS = (
-    "the gradient has other parts than look-ups: another use of the table, or look-ups "
-    "inside of scan, vmap, remat or checkpoint"
+    "the gradient has parts other than lookups: the table is also used in another way, "
+    "or lookups are inside scan, vmap, remat or checkpoint"
 )
-FEW_ROWS = "the table has too few rows for as many look-ups"
+FEW_ROWS = "the table has too few rows for so many lookups"
 
 
 class RowGradient(NamedTuple):
@@ -278,8 +278,8 @@ def check_backend() -> None:
     """Raise `ValueError` on a Keras backend that cannot train."""
     if engine is None:
         raise ValueError(
-            "keras_lookahead_lazy trains on the backends "
+            "keras_lookahead_lazy supports the backends "
             f"{', '.join(SUPPORTED)}. Keras runs on "
-            f"{keras.backend.backend()!r}; set the environment variable "
-            "KERAS_BACKEND to one of those before Keras is imported."
+            f"{keras.backend.backend()!r}. Set the environment variable "
+            "KERAS_BACKEND to one of those before you import Keras."
         )

@@ -373,10 +373,10 @@ def check_distribution(variables: Sequence[Any]) -> None:
     )
     if in_scope or any("/job:ps/" in _native(v).device for v in variables):
         raise ValueError(
-            "Lookahead and LazyOptimizer count the updates that all workers make "
-            "together. Under tf.distribute.ParameterServerStrategy each worker makes "
-            "updates of its own, at any time. Use tf.distribute.MirroredStrategy on "
-            "one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
+            "Lookahead and LazyOptimizer count updates that all workers make "
+            "together, but under tf.distribute.ParameterServerStrategy each worker "
+            "updates the weights at its own time. Use tf.distribute.MirroredStrategy "
+            "on one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
         )
 
 
