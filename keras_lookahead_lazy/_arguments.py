@@ -1,4 +1,4 @@
-"""Errors about arguments, with what to write instead."""
+"""Check arguments, and raise errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import keras
 
 from keras_lookahead_lazy import _keras
 
-# What others call an argument of this package: TensorFlow Addons and optax; ports to
-# torch.
+# Names of other packages for this package's arguments: of TensorFlow Addons and optax,
+# then of ports to torch.
 _OUR_NAMES = {
     "sync_period": "k",
     "slow_step_size": "alpha",
@@ -23,10 +23,10 @@ _OUR_NAMES = {
 }
 _OUR_VALUES = {"none": "maintain", "pullback": "interpolate"}
 
-# Optimizers of these have names that Keras's have, too.
+# Optimizers of these libraries may have the same names as Keras's.
 _OTHER_LIBRARIES = ("optax", "tensorflow_addons", "tf_keras", "torch")
 
-# Which wrapper has an argument that was given to the other one.
+# The wrapper that has an argument, for arguments that were passed to the other one.
 _OWNERS = {
     "k": "Lookahead",
     "alpha": "Lookahead",
@@ -37,12 +37,12 @@ _OWNERS = {
 
 
 def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:
-    """Raise `TypeError` about keyword arguments that a wrapper does not have.
+    """Raise `TypeError` if there are keyword arguments that a wrapper does not have.
 
     Args:
-        unknown: the arguments.
-        wrapper: the class that they were given to.
-        inner: the optimizer in it, which some of them may be meant for.
+        unknown: The arguments.
+        wrapper: The class that they were passed to.
+        inner: The optimizer inside, which some of them may be meant for.
     """
     if not unknown:
         return
@@ -81,7 +81,7 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _accepts(cls: type, name: str) -> bool:
-    """Whether a constructor has an argument, or hands it on to one that has."""
+    """Return whether a constructor takes an argument, itself or in a base class."""
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
@@ -94,7 +94,7 @@ def _accepts(cls: type, name: str) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> None:
-    """Raise `ValueError` for an argument that is none of some words."""
+    """Raise `ValueError` if an argument is not one of `choices`."""
     if value not in choices:
         words = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         raise ValueError(
@@ -103,7 +103,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> No
 
 
 def check_k(k: Any) -> int:
-    """The number of updates between two syncs, or `ValueError`."""
+    """Return `k` as an int, or raise `ValueError`."""
     try:
         steps = operator.index(k)
     except TypeError:
@@ -117,7 +117,7 @@ def check_k(k: Any) -> int:
 
 
 def check_alpha(alpha: Any) -> float:
-    """The step of the slow weights, or `ValueError`."""
+    """Return `alpha` as a float, or raise `ValueError`."""
     try:
         step = float(alpha)
     except (TypeError, ValueError):
@@ -131,7 +131,7 @@ def check_alpha(alpha: Any) -> float:
 
 
 def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
-    """The Keras optimizer that was given, or whose name or config was."""
+    """Return the Keras optimizer for an instance, a name or a config."""
     cls = wrapper.__name__
     if isinstance(optimizer, dict) and "class_name" not in optimizer:
         raise ValueError(
@@ -150,7 +150,7 @@ def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
 
 
 def _described(given: Any) -> str:
-    """What came in the place of an optimizer, with what it may have been meant for."""
+    """Describe what was passed instead of an optimizer, with advice."""
     cls = given if isinstance(given, type) else type(given)
     library = cls.__module__.partition(".")[0]
     if library in _OTHER_LIBRARIES:
@@ -168,7 +168,7 @@ def _described(given: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """What was received, in one line, however large it is."""
+    """Return a received value in one short line."""
     if hasattr(value, "shape") and not isinstance(value, keras.Variable):
         return f"an array of shape {tuple(value.shape)}"
     return _short.repr(value)
@@ -179,12 +179,12 @@ _short.maxstring = _short.maxother = 80
 
 
 def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
-    """Raise `ValueError` for an inner state that a schedule-free optimizer cannot have.
+    """Raise `ValueError` if a schedule-free optimizer cannot have an inner state.
 
     Its slot z holds weights, as the model's variable y does, and its average is
     x = (y - (1 - beta_1) z) / beta_1. A sync of y alone ("maintain") moves x by
-    1 / beta_1 of that and leaves z ahead: x is then no average of anything. A sync of
-    both ("interpolate") is a sync of x, for x is linear in them.
+    1 / beta_1 times as much and leaves z ahead, so x is no longer an average. A sync of
+    both ("interpolate") is a sync of x, because x is linear in them.
     """
     inside = _keras.schedule_free(optimizer)
     if inside is None or inner_state == "interpolate":
@@ -201,12 +201,12 @@ def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
 
 
 def check_rows_may_rest(optimizer: keras.Optimizer) -> None:
-    """Raise `ValueError` for an optimizer that has to move weights in every step.
+    """Raise `ValueError` if an optimizer has to move all weights in every step.
 
-    A schedule-free optimizer moves its average x a t-th of the way to z in update t,
-    also where the gradient is zero. A row that rests between its samples misses that:
-    sampled first in update t, its weights y = (1 - beta_1) z + beta_1 x stay near
-    where they were, whatever z does.
+    A schedule-free optimizer moves its average x by a t-th of the way to z in update t,
+    even if the gradient is zero. A row that does not change between its samples misses
+    these moves. If it is first sampled in update t, its weights
+    y = (1 - beta_1) z + beta_1 x stay near where they were, whatever z does.
     """
     if _keras.schedule_free(optimizer) is not None:
         kind = type(optimizer).__name__
@@ -220,7 +220,7 @@ def check_rows_may_rest(optimizer: keras.Optimizer) -> None:
 
 
 def check_type(name: str, value: Any, cls: type, says: str) -> None:
-    """Raise `TypeError` for an argument that is no instance of a class."""
+    """Raise `TypeError` if an argument is not an instance of a class."""
     if not isinstance(value, cls):
         raise TypeError(
             f"`{name}` must be {says}. Received: {shown(value)} of type "
@@ -229,14 +229,14 @@ def check_type(name: str, value: Any, cls: type, says: str) -> None:
 
 
 def check_weights(weights: Any) -> list:
-    """The weights to train, as a list, or an error."""
+    """Return the weights to train as a list, or raise an error."""
     if isinstance(weights, keras.layers.Layer):
         raise TypeError(
             f"Expected a list of weights, not the {type(weights).__name__} "
             f"{weights.name!r} that contains them: optimizer.build(model."
             "trainable_variables)."
         )
-    # A variable could be gone through like a list, row by row.
+    # A single variable is iterable too, row by row.
     if _is_variable(weights) or not isinstance(weights, Iterable):
         raise TypeError(
             "Expected a list of weights: optimizer.build(model."
@@ -257,7 +257,7 @@ def check_weights(weights: Any) -> list:
 def check_slots_are_known(
     setting: str, inner: keras.Optimizer, weights: list, instead: str
 ) -> None:
-    """Refuse a setting under which slots in an unknown place would be forgotten."""
+    """Raise `ValueError` if `setting` would miss slots in an unknown place."""
     unknown = _keras.unknown_slots(inner, weights)
     if not unknown:
         return
@@ -276,12 +276,12 @@ def check_slots_are_known(
 
 
 def _is_variable(value: Any) -> bool:
-    """Whether it is a Keras variable, or a `tf.Variable`."""
+    """Return whether a value is a Keras variable or a `tf.Variable`."""
     return hasattr(value, "assign") and hasattr(value, "shape")
 
 
 def check_gradients(gradients: Any, weights: list) -> None:
-    """Raise an error about gradients, before anything has changed."""
+    """Raise an error if gradients do not fit the weights."""
     if not isinstance(gradients, (list, tuple)) or any(
         isinstance(gradient, tuple) for gradient in gradients
     ):
@@ -298,7 +298,7 @@ def check_gradients(gradients: Any, weights: list) -> None:
         )
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            "No gradients provided for any variable. "  # as Keras says it
+            "No gradients provided for any variable. "  # the same text as Keras's
             f"Each of the {len(weights)} is None: does the loss depend on the weights?"
         )
     for gradient, weight in zip(gradients, weights, strict=True):
@@ -312,7 +312,7 @@ def check_gradients(gradients: Any, weights: list) -> None:
 
 
 def _static_shape(gradient: Any) -> tuple | None:
-    """The shape of a gradient, as far as it is known before TensorFlow runs."""
+    """Return the shape of a gradient as far as it is known before a graph runs."""
     shape = getattr(gradient, "shape", None)
     if shape is None or getattr(shape, "rank", 0) is None:
         return None

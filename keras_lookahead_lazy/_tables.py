@@ -1,4 +1,4 @@
-"""Which of a model's weights are embedding tables."""
+"""Find the embedding tables among a model's weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import keras
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._arguments import shown
 
-# What `keras.layers.Embedding` calls its table, and the factor of it that has a
-# row for each token when LoRA is enabled.
+# The names that `keras.layers.Embedding` gives to its table and, with LoRA, to the
+# factor of the table that has one row per token.
 TABLE_NAMES = ("embeddings", "lora_embeddings_a")
 
 Source: TypeAlias = keras.layers.Layer | keras.Variable | str
 
 
 def check_sources(sources: Any) -> list[Source] | None:
-    """The user's `embedding_layers`, or an error that says what to write instead."""
+    """Return `embedding_layers` as a list, or raise an error with advice."""
     if sources is None:
         return None
     if isinstance(sources, (str, keras.Variable, keras.layers.Layer)) or not isinstance(
@@ -70,18 +70,19 @@ def find_tables(
     variables: list[keras.Variable],
     weights: list[keras.Variable],
 ) -> tuple[list[keras.Variable], list[str]]:
-    """The tables among the weights to train.
+    """Find the tables among the weights to train.
 
     Args:
-        variables: the weights to train.
-        weights: all weights of the model, where it is known.
+        sources: The user's `embedding_layers`.
+        variables: The weights to train.
+        weights: All weights of the model, if the model is known.
 
     Returns:
-        The tables, and names of the sources (all where they are `None`) whose tables
-        are frozen.
+        The tables, and the names of sources whose tables are frozen. If `sources` is
+        `None`, these are all frozen tables, provided that no table is trainable.
 
     Raises:
-        ValueError: a source is neither, or there is no table at all.
+        ValueError: If a source is neither a table nor frozen, or if there is no table.
     """
     frozen = [weight for weight in weights if not _is_in(weight, variables)]
     if sources is None:
@@ -106,7 +107,7 @@ def find_tables(
 
 
 def _is_frozen(source: Source, variables: list, frozen: list) -> bool:
-    """Whether a source stands for a table that is not to be trained now."""
+    """Return whether a source stands for a table that is frozen."""
     if isinstance(source, keras.Variable):
         return not _is_in(source, variables) and (
             not source.trainable or _is_in(source, frozen)
@@ -196,11 +197,12 @@ def _tables_of(source: Source, variables: list[keras.Variable]) -> list[keras.Va
 
 
 def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
-    """The one variable that `name` stands for: its path, its layer's, or an end.
+    """Return the one variable whose path, or whose layer's path, `name` matches.
 
     Paths are not stable: the `net/words/embeddings` of a Sequential is
-    `words/embeddings` once the model has been loaded. So either may be the longer,
-    and two paths may have become one; `path:3` then means the one in position 3.
+    `words/embeddings` once the model has been loaded. So a match at the end is enough,
+    and either of the two may be longer. If two paths have become equal, `path:3` means
+    the variable at position 3.
     """
     position = ""
     if re.search(r":\d+$", name):  # a layer's name may have a colon, too
