@@ -38,9 +38,9 @@ MISSING = "not measured"
 FIT = (
     ("fit-adam-{place}", "Adam / LazyOptimizer(Adam), 10^6 rows"),
     ("fit-small-{place}", "LazyOptimizer(Adam) / Adam, 10^4 rows"),
-    ("fit-decay-scale-{place}", "LazyOptimizer, 10^6 rows / 10^5"),
+    ("fit-decay-scale-{place}", "LazyOptimizer, 10^6 rows / 10^5 rows"),
     ("fit-freeze-scale-{place}", 'the same, `moments="freeze"`'),
-    ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6"),
+    ("fit-decay-big-{place}", "LazyOptimizer, 10^7 rows / 10^6 rows"),
     ("fit-freeze-big-{place}", 'the same, `moments="freeze"`'),
     ("fit-huge-{place}", "LazyOptimizer, 10^8 rows of 8 / 10^6 rows of 8"),
     (
@@ -48,11 +48,11 @@ FIT = (
         "Adam / LazyOptimizer(Adam), 793,471 rows of 512 (keras issue 4365)",
     ),
     ("fit-lookahead-{place}", "Lookahead(LazyOptimizer) / LazyOptimizer"),
-    ("fit-imported-{place}", "Adam, package in use / not imported"),
-    ("fit-memory-{place}", "memory that grows with the table, in tables"),
+    ("fit-imported-{place}", "Adam, package in use / package not imported"),
+    ("fit-memory-{place}", "memory that grows with the table, in table sizes"),
     ("fit-tfa", "LazyOptimizer / tfa LazyAdam"),
     ("fit-bare", "LazyOptimizer / LazyAdam's operations, same TensorFlow"),
-    ("fit-torch-loop", "LazyOptimizer / a plain loop with SparseAdam"),
+    ("fit-torch-loop", "LazyOptimizer / SparseAdam in a plain loop"),
 )
 SETUPS = tuple(
     (f"fit-setups-{name}{scale}-{{place}}", f"{label}{of}")
@@ -72,7 +72,7 @@ SETUPS = tuple(
 )
 LAZY_STEPS = (
     ("lazy-adam", "Adam / LazyOptimizer, 10^6 rows"),
-    ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4"),
+    ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4 rows"),
     ("lazy-freeze-scale", 'the same, `moments="freeze"`'),
     ("lazy-decay-tfa", "LazyOptimizer / tfa LazyAdam"),
     ("lazy-freeze-tfa", 'the same, `moments="freeze"`'),
@@ -87,8 +87,11 @@ LOOKAHEAD_STEPS = (
     ("lookahead-sgd-{place}", "Lookahead(SGD) / SGD"),
 )
 MEMORY = (
-    ("memory-lookahead-{place}", "Lookahead(Adam) - Adam, in copies of the weights"),
-    ("memory-lazy-{place}", "LazyOptimizer - Adam, bytes a row of the table"),
+    (
+        "memory-lookahead-{place}",
+        "Lookahead(Adam) minus Adam, in copies of the weights",
+    ),
+    ("memory-lazy-{place}", "LazyOptimizer minus Adam, in bytes per table row"),
 )
 FIRST_STEPS = (
     ("first-lookahead-{place}", "Lookahead(Adam) / Adam"),
@@ -97,9 +100,12 @@ FIRST_STEPS = (
 SHORT = (
     ("fit-adam-graph", "Adam / LazyOptimizer(Adam), table of 10^6 x 64, TensorFlow"),
     ("fit-adam-jax", "the same on JAX"),
-    ("fit-adam-torch", "the same on torch"),
-    ("fit-decay-scale-graph", "LazyOptimizer(Adam) at 10^6 rows / at 10^5, TensorFlow"),
-    ("fit-torch-loop", "LazyOptimizer(Adam) / a plain torch loop with SparseAdam"),
+    ("fit-adam-torch", "the same on PyTorch"),
+    (
+        "fit-decay-scale-graph",
+        "LazyOptimizer(Adam), 10^6 rows / 10^5 rows, TensorFlow",
+    ),
+    ("fit-torch-loop", "LazyOptimizer(Adam) / SparseAdam in a plain PyTorch loop"),
     ("fit-lookahead-jax", "Lookahead(LazyOptimizer(Adam)) / LazyOptimizer(Adam), JAX"),
 )
 
@@ -111,7 +117,7 @@ def lines() -> dict[str, dict[str, Any]]:
 
 def ratios(chosen: Sequence[tuple[str, str]]) -> Table:
     """Lines by what they compare, a column for each place."""
-    table = [["", *TITLES.values(), "peers"]]
+    table = [["what is compared", *TITLES.values(), "other packages"]]
     for pattern, label in chosen:
         by_place = {goals_by_name()[name].where: name for name in names(pattern)}
         cells = [
@@ -136,8 +142,8 @@ def names(pattern: str) -> list[str]:
 
 
 def short() -> Table:
-    """What a reader in a hurry wants to know."""
-    table = [["time of a `fit` step over that of another", "ratio"]]
+    """Write the few ratios that matter most."""
+    table = [["time per `fit` step: the first / the second", "ratio"]]
     for name, label in SHORT:
         peers = _peers(name)
         table.append([label, " ".join([_measured(name), *(f"({p})" for p in peers)])])
@@ -179,8 +185,8 @@ def step_times() -> Table:
 
 
 def insight() -> Table:
-    """What the callback costs at the end of an epoch."""
-    table = [["", "the end of an epoch, ms", "a training step, ms", "so many steps"]]
+    """Compare what the callback does when an epoch ends with a training step."""
+    table = [["backend", "end of an epoch, ms", "training step, ms", "ratio"]]
     for path in sorted((RESULTS / "insight").glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         times = (report[name] for name in ("epoch_end_ms", "step_ms", "steps"))

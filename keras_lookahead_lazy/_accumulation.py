@@ -1,9 +1,9 @@
-"""Gradient accumulation whose steps cost the rows that they sampled.
+"""Gradient accumulation whose cost depends on the sampled rows, not on the table.
 
-Keras keeps an accumulator of the table's shape and passes over it in every step. Here a
-step adds to the accumulator's rows and notes their ids in a list of fixed size; the
-update takes the rows from the list, and clears those. Where the list was too short, or
-a gradient was dense, the update works on the whole accumulator.
+Keras keeps an accumulator of the table's shape and works on all of it in every step.
+Here a step adds to some rows of the accumulator and records their ids in a list of
+fixed size. The update uses the rows in the list and clears them. If the list was too
+short or a gradient was dense, the update works on the whole accumulator.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from keras import ops
 
 from keras_lookahead_lazy._backend import RowGradient, engine
 
-# The list has an entry for so many rows of the table: with more ids in a cycle, working
-# on rows does not pay.
+# The list has one entry per this many rows of the table. With more ids in a cycle,
+# working on rows would not be faster.
 ROWS_PER_ID = 8
 
 
@@ -27,9 +27,9 @@ class RowAccumulator:
 
     Attributes:
         gradients: Keras's accumulator, of the table's shape.
-        ids: int variable of shape `(n,)`, the rows that may differ from zero.
-        count: int scalar variable, how many of the ids are in use; more than there
-            are if the rows are not known.
+        ids: Int variable of shape `(n,)`, the rows that may be nonzero.
+        count: Int scalar variable, how many of the ids are in use. It exceeds the
+            length of `ids` if the rows are not known.
     """
 
     gradients: keras.Variable
@@ -37,7 +37,7 @@ class RowAccumulator:
     count: keras.Variable
 
     def add_rows(self, gradient: RowGradient) -> None:
-        """Accumulate the look-ups of one step."""
+        """Accumulate the lookups of one step."""
         accumulated = engine.replica(self.gradients, self.gradients)
         rows = engine.read_rows(accumulated, gradient.indices) + gradient.by_row()
         engine.write_rows([accumulated], gradient.indices, [rows])
@@ -51,25 +51,25 @@ class RowAccumulator:
         engine.write_count(self.count, self.ids.shape[0] + 1)
 
     def size(self, look_ups: int | None, steps: int) -> int:
-        """How many ids a cycle of steps like this one has at most, if that is known."""
+        """Return an upper bound for the number of ids in a cycle of such steps."""
         capacity = self.ids.shape[0]
         return capacity if look_ups is None else min(capacity, steps * look_ups)
 
     def has_rows(self, size: int) -> Any:
-        """Whether the rows are among the first `size` ids."""
+        """Return whether all rows are among the first `size` ids."""
         return engine.read_count(self.count) <= size
 
     def rows(self, size: int) -> RowGradient:
-        """The rows that were accumulated, and no others, from the first ids."""
+        """Return the accumulated rows, from the first `size` ids."""
         count = engine.read_count(self.count)
         return engine.listed_rows(self.gradients, self.ids, count, size)
 
     def clear_rows(self, gradient: RowGradient) -> None:
-        """Make the rows zero again."""
+        """Set the rows to zero."""
         engine.clear_rows(self.gradients, gradient)
         engine.write_count(self.count, 0)
 
     def clear(self) -> None:
-        """Make everything zero again."""
+        """Set all rows to zero."""
         self.gradients.assign(ops.zeros_like(self.gradients.value))
         engine.write_count(self.count, 0)

@@ -1,4 +1,4 @@
-"""Errors about arguments, with what to write instead."""
+"""Check arguments, and raise errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import keras
 
 from keras_lookahead_lazy import _keras
 
-# What others call an argument of this package: TensorFlow Addons and optax; ports to
-# torch.
+# Names of other packages for this package's arguments: of TensorFlow Addons and optax,
+# then of ports to torch.
 _OUR_NAMES = {
     "sync_period": "k",
     "slow_step_size": "alpha",
@@ -23,10 +23,10 @@ _OUR_NAMES = {
 }
 _OUR_VALUES = {"none": "maintain", "pullback": "interpolate"}
 
-# Optimizers of these have names that Keras's have, too.
+# Optimizers of these libraries may have the same names as Keras's.
 _OTHER_LIBRARIES = ("optax", "tensorflow_addons", "tf_keras", "torch")
 
-# Which wrapper has an argument that was given to the other one.
+# The wrapper that has an argument, for arguments that were passed to the other one.
 _OWNERS = {
     "k": "Lookahead",
     "alpha": "Lookahead",
@@ -37,12 +37,12 @@ _OWNERS = {
 
 
 def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:
-    """Raise `TypeError` about keyword arguments that a wrapper does not have.
+    """Raise `TypeError` if there are keyword arguments that a wrapper does not have.
 
     Args:
-        unknown: the arguments.
-        wrapper: the class that they were given to.
-        inner: the optimizer in it, which some of them may be meant for.
+        unknown: The arguments.
+        wrapper: The class that they were passed to.
+        inner: The optimizer inside, which some of them may be meant for.
     """
     if not unknown:
         return
@@ -56,11 +56,11 @@ def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> No
     settings = {name: v for name, v in unknown.items() if _accepts(type(inner), name)}
     others = [name for name in unknown if name in _OWNERS]
     names = ", ".join(f"`{name}`" for name in unknown)
-    message = f"{cls} takes no argument {names}."
+    message = f"{cls} has no argument {names}."
     if renamed:
-        message += f" It has other names here: {cls}(..., {_written(renamed)})."
+        message += f" The names here are different: {cls}(..., {_written(renamed)})."
     if settings:
-        message += " Give what is meant for the inner optimizer to that one: "
+        message += " Pass inner-optimizer arguments to the inner optimizer instead: "
         message += f"{cls}({inner_cls}({_written(settings)}), ...)."
     if others:
         message += f" {_OWNERS[others[0]]} has {', '.join(f'`{n}`' for n in others)}: "
@@ -81,7 +81,7 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _accepts(cls: type, name: str) -> bool:
-    """Whether a constructor has an argument, or hands it on to one that has."""
+    """Return whether a constructor takes an argument, itself or in a base class."""
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
@@ -94,47 +94,50 @@ def _accepts(cls: type, name: str) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str], says: str) -> None:
-    """Raise `ValueError` for an argument that is none of some words."""
+    """Raise `ValueError` if an argument is not one of `choices`."""
     if value not in choices:
-        words = (" or " if len(choices) == 2 else ", ").join(map(repr, choices))
-        raise ValueError(f"`{name}` says {says}: {words}. Received: {name}={value!r}.")
+        words = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ValueError(
+            f"`{name}` must be {words} ({says}). Received: {name}={value!r}."
+        )
 
 
 def check_k(k: Any) -> int:
-    """The number of updates between two syncs, or `ValueError`."""
+    """Return `k` as an int, or raise `ValueError`."""
     try:
         steps = operator.index(k)
     except TypeError:
         steps = 0
     if isinstance(k, bool) or steps < 1:
         raise ValueError(
-            "`k` is the number of updates between two syncs, an int of at least 1, "
-            f"such as k=5. Received: k={k!r}."
+            "`k` (the number of updates between two syncs) must be an int of at least "
+            f"1, such as k=5. Received: k={k!r}."
         )
     return steps
 
 
 def check_alpha(alpha: Any) -> float:
-    """The step of the slow weights, or `ValueError`."""
+    """Return `alpha` as a float, or raise `ValueError`."""
     try:
         step = float(alpha)
     except (TypeError, ValueError):
         step = float("nan")
     if isinstance(alpha, (bool, str)) or not 0 < step <= 1:
         raise ValueError(
-            "`alpha` is the step of the slow weights, a number in (0, 1], such as "
-            f"alpha=0.5. Received: alpha={alpha!r}."
+            "`alpha` (the step of the slow weights) must be a number in (0, 1], such "
+            f"as alpha=0.5. Received: alpha={alpha!r}."
         )
     return step
 
 
 def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
-    """The Keras optimizer that was given, or whose name or config was."""
+    """Return the Keras optimizer for an instance, a name or a config."""
     cls = wrapper.__name__
     if isinstance(optimizer, dict) and "class_name" not in optimizer:
         raise ValueError(
-            f"A config of an optimizer is what keras.optimizers.serialize(optimizer) "
-            f"gives. Received a dict with the keys {list(optimizer)}."
+            "The config of an optimizer must be the result of "
+            "keras.optimizers.serialize(optimizer). Received a dict with the keys "
+            f"{list(optimizer)}."
         )
     if isinstance(optimizer, (str, dict)):
         return keras.optimizers.get(optimizer)
@@ -147,25 +150,25 @@ def get_optimizer(optimizer: Any, wrapper: type) -> keras.Optimizer:
 
 
 def _described(given: Any) -> str:
-    """What came in the place of an optimizer, with what it may have been meant for."""
+    """Describe what was passed instead of an optimizer, with advice."""
     cls = given if isinstance(given, type) else type(given)
     library = cls.__module__.partition(".")[0]
     if library in _OTHER_LIBRARIES:
         return (
-            f"{cls.__module__}.{cls.__name__}; what is of {library} cannot train a "
-            "model of Keras 3"
+            f"{cls.__module__}.{cls.__name__}; an optimizer of {library} cannot train "
+            "a Keras 3 model"
         )
     if isinstance(given, type) and issubclass(given, keras.Optimizer):
         return f"the class {cls.__name__}; write {cls.__name__}()"
     if isinstance(given, keras.Model):
-        return f"the model {given.name!r}; a model gets it in model.compile(...)"
+        return f"the model {given.name!r}; pass the optimizer to model.compile(...)"
     if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
         return f"the schedule {cls.__name__}; write Adam(schedule)"
     return f"{shown(given)} of type {cls.__name__}"
 
 
 def shown(value: Any) -> str:
-    """What was received, in one line, however large it is."""
+    """Return a received value in one short line."""
     if hasattr(value, "shape") and not isinstance(value, keras.Variable):
         return f"an array of shape {tuple(value.shape)}"
     return _short.repr(value)
@@ -176,12 +179,12 @@ _short.maxstring = _short.maxother = 80
 
 
 def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
-    """Raise `ValueError` for an inner state that a schedule-free optimizer cannot have.
+    """Raise `ValueError` if a schedule-free optimizer cannot have an inner state.
 
     Its slot z holds weights, as the model's variable y does, and its average is
     x = (y - (1 - beta_1) z) / beta_1. A sync of y alone ("maintain") moves x by
-    1 / beta_1 of that and leaves z ahead: x is then no average of anything. A sync of
-    both ("interpolate") is a sync of x, for x is linear in them.
+    1 / beta_1 times as much and leaves z ahead, so x is no longer an average. A sync of
+    both ("interpolate") is a sync of x, because x is linear in them.
     """
     inside = _keras.schedule_free(optimizer)
     if inside is None or inner_state == "interpolate":
@@ -191,52 +194,52 @@ def check_inner_state(inner_state: str, optimizer: keras.Optimizer) -> None:
     if inside is not last:
         write += f" inside the {type(last).__name__}"
     raise ValueError(
-        f"{kind} keeps weights in its slots and computes an average of them from those "
-        "and the model's weights. A sync has to move both, or the average is lost. "
+        f"{kind} keeps weights in its slots, and computes their average from the slots "
+        "and the model's weights. A sync must change both, or the average is lost. "
         f"Received: inner_state={inner_state!r}. Write {write}."
     )
 
 
 def check_rows_may_rest(optimizer: keras.Optimizer) -> None:
-    """Raise `ValueError` for an optimizer that has to move weights in every step.
+    """Raise `ValueError` if an optimizer has to move all weights in every step.
 
-    A schedule-free optimizer moves its average x a t-th of the way to z in update t,
-    also where the gradient is zero. A row that rests between its samples misses that:
-    sampled first in update t, its weights y = (1 - beta_1) z + beta_1 x stay near
-    where they were, whatever z does.
+    A schedule-free optimizer moves its average x by a t-th of the way to z in update t,
+    even if the gradient is zero. A row that does not change between its samples misses
+    these moves. If it is first sampled in update t, its weights
+    y = (1 - beta_1) z + beta_1 x stay near where they were, whatever z does.
     """
     if _keras.schedule_free(optimizer) is not None:
         kind = type(optimizer).__name__
         raise ValueError(
             f"LazyOptimizer cannot go around {kind}. It averages over all steps, so "
-            "every weight moves in every step, also without a gradient; rows that stay "
-            "where they are between their samples would hardly be trained. Use "
+            "every weight changes in every step, even without a gradient. Rows that "
+            "do not change between their samples would hardly be trained. Use "
             "LazyOptimizer(AdamW(...)) with a learning rate schedule. To keep "
-            f"{kind} for the other weights, put both into a MultiOptimizer."
+            f"{kind} for the other weights, combine the two in a MultiOptimizer."
         )
 
 
 def check_type(name: str, value: Any, cls: type, says: str) -> None:
-    """Raise `TypeError` for an argument that is no instance of a class."""
+    """Raise `TypeError` if an argument is not an instance of a class."""
     if not isinstance(value, cls):
         raise TypeError(
-            f"`{name}` is {says}. Received: {shown(value)} of type "
+            f"`{name}` must be {says}. Received: {shown(value)} of type "
             f"{type(value).__name__}."
         )
 
 
 def check_weights(weights: Any) -> list:
-    """The weights to train, as a list, or an error."""
+    """Return the weights to train as a list, or raise an error."""
     if isinstance(weights, keras.layers.Layer):
         raise TypeError(
-            f"An optimizer takes weights, not the {type(weights).__name__} "
-            f"{weights.name!r} that has them: optimizer.build(model."
+            f"Expected a list of weights, not the {type(weights).__name__} "
+            f"{weights.name!r} that contains them: optimizer.build(model."
             "trainable_variables)."
         )
-    # A variable could be gone through like a list, row by row.
+    # A single variable is iterable too, row by row.
     if _is_variable(weights) or not isinstance(weights, Iterable):
         raise TypeError(
-            "An optimizer takes a list of weights: optimizer.build(model."
+            "Expected a list of weights: optimizer.build(model."
             f"trainable_variables). Received {shown(weights)} of type "
             f"{type(weights).__name__}."
         )
@@ -244,7 +247,7 @@ def check_weights(weights: Any) -> list:
     for weight in weights:
         if not _is_variable(weight):
             raise TypeError(
-                "An optimizer takes variables, such as model.trainable_variables. "
+                "Expected variables, such as model.trainable_variables. "
                 f"Received in the list: {shown(weight)} of type "
                 f"{type(weight).__name__}."
             )
@@ -254,62 +257,62 @@ def check_weights(weights: Any) -> list:
 def check_slots_are_known(
     setting: str, inner: keras.Optimizer, weights: list, instead: str
 ) -> None:
-    """Refuse a setting under which slots in an unknown place would be forgotten."""
+    """Raise `ValueError` if `setting` would miss slots in an unknown place."""
     unknown = _keras.unknown_slots(inner, weights)
     if not unknown:
         return
     kind, names = type(inner).__name__, ", ".join(each.path for each in unknown)
-    keeps = f"keeps {names}, which may be some, but"
+    keeps = f"{setting} needs the slots of the inner optimizer, but {kind} keeps "
+    keeps += f"{names}, which may be slots,"
     if hasattr(inner, "optimizers"):
         raise ValueError(
-            f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in "
-            "optimizers of its own. Wrap each of those instead of all in one, or use "
-            f"{instead}."
+            f"{keeps} in optimizers of its own. Wrap each of those instead of all in "
+            f"one, or use {instead}."
         )
     raise ValueError(
-        f"{setting} has to know the inner optimizer's slots. {kind} {keeps} in no list "
-        "with one entry for each weight, in the order of `build`. Keep them like this, "
-        f"or use {instead}."
+        f"{keeps} in another place than a list with one entry per weight, in the order "
+        f"of `build`. Keep slots in such a list, or use {instead}."
     )
 
 
 def _is_variable(value: Any) -> bool:
-    """Whether it is a Keras variable, or a `tf.Variable`."""
+    """Return whether a value is a Keras variable or a `tf.Variable`."""
     return hasattr(value, "assign") and hasattr(value, "shape")
 
 
 def check_gradients(gradients: Any, weights: list) -> None:
-    """Raise an error about gradients, before anything has changed."""
+    """Raise an error if gradients do not fit the weights."""
     if not isinstance(gradients, (list, tuple)) or any(
         isinstance(gradient, tuple) for gradient in gradients
     ):
         raise TypeError(
-            "An optimizer takes a list of gradients and one of weights: "
-            "optimizer.apply(gradients, weights). Pairs of both go to "
+            "Expected a list of gradients and a list of weights: "
+            "optimizer.apply(gradients, weights). For pairs of both, use "
             f"optimizer.apply_gradients(pairs). Received {shown(gradients)} of type "
             f"{type(gradients).__name__}."
         )
     if len(gradients) != len(weights):
         raise ValueError(
-            "An optimizer takes a gradient for each weight, None where there is none. "
+            "Expected one gradient per weight, or None if a weight has none. "
             f"Received {len(gradients)} gradients for {len(weights)} weights."
         )
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            "No gradients provided for any variable. "  # as Keras says it
+            "No gradients provided for any variable. "  # the same text as Keras's
             f"Each of the {len(weights)} is None: does the loss depend on the weights?"
         )
     for gradient, weight in zip(gradients, weights, strict=True):
         shape = _static_shape(gradient)
         if shape is not None and not _fits(shape, tuple(weight.shape)):
             raise ValueError(
-                f"A gradient has its weight's shape. That of {_keras.path(weight)} "
-                f"has shape {shape}; the weight has {tuple(weight.shape)}."
+                "A gradient must have the shape of its weight. The gradient of "
+                f"{_keras.path(weight)} has shape {shape}; the weight has "
+                f"{tuple(weight.shape)}."
             )
 
 
 def _static_shape(gradient: Any) -> tuple | None:
-    """The shape of a gradient, as far as it is known before TensorFlow runs."""
+    """Return the shape of a gradient as far as it is known before a graph runs."""
     shape = getattr(gradient, "shape", None)
     if shape is None or getattr(shape, "rank", 0) is None:
         return None

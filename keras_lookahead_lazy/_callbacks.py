@@ -1,4 +1,4 @@
-"""Validate and end training on the slow weights; Lookahead for a compiled model."""
+"""SlowWeights, a callback, and inject, which gives Lookahead to a compiled model."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 class SlowWeights(keras.callbacks.Callback):
     """Evaluates and predicts on the slow weights of `Lookahead` during `fit`.
 
-    The fast weights come back bit for bit before training goes on, so the
-    trajectory is the one without the callback. Given to `evaluate` or `predict`,
-    it works there, too. After an interruption the fast weights come back with what
-    is next done with the model, be it training, evaluating or saving it; until then a
-    layer or variable that is read by itself, or in another model, shows the slow ones.
+    The fast weights are restored bit for bit before training continues, so the
+    callback does not change the training. You can also pass it to `evaluate` or
+    `predict`. If a run is interrupted, the fast weights are restored the next time the
+    model is used, for example trained, evaluated or saved. Until then, a layer or
+    variable that is read on its own, or through another model, has the slow weights.
 
-    `EarlyStopping(restore_best_weights=True)`, before or after it in the list, restores
-    the slow weights of the best epoch; the next update is then Lookahead's first.
-    `ModelCheckpoint` saves the fast weights, unless `save_best_slow_weights`, and
-    `BackupAndRestore` always.
+    `EarlyStopping(restore_best_weights=True)` restores the slow weights of the best
+    epoch, whether it is before or after this callback in the list. Lookahead then
+    starts a new cycle. `ModelCheckpoint` saves the fast weights unless
+    `save_best_slow_weights=True`. `BackupAndRestore` always saves the fast weights.
 
-    With a `prefix`, `fit` validates on the fast weights as it does without the
-    callback, and then once more on the slow ones, which takes as long again. Their
-    metrics join the epoch's logs for the callbacks that come later in the list, and
-    for the progress bar and `History`. `EarlyStopping` and `ModelCheckpoint` then keep
-    slow weights where they monitor a metric with the prefix.
+    With a `prefix`, `fit` validates on the fast weights as usual, and then again on the
+    slow weights, which takes as long as the first validation. The metrics of the slow
+    weights appear in the logs of callbacks later in the list, in the progress bar and
+    in `History`. `EarlyStopping` and `ModelCheckpoint` then keep slow weights only if
+    they monitor a metric with the prefix.
 
     Example:
 
@@ -47,23 +47,24 @@ class SlowWeights(keras.callbacks.Callback):
     ... )
 
     Args:
-        end_on_slow_weights: whether the model keeps the slow weights when `fit`
-            ends. Those that `EarlyStopping` restores take precedence. Defaults to
-            `False`.
-        save_best_slow_weights: whether `ModelCheckpoint(save_best_only=True)` saves
-            the model with its slow weights at the end of an epoch: the model to use,
-            not one to train further. Defaults to `False`.
-        prefix: what names of metrics on the slow weights begin with in `fit`:
-            `"slow_"` gives `slow_val_loss` beside a `val_loss` of the fast weights.
-            Defaults to `None`: `val_loss` is of the slow weights. What `evaluate` and
-            `predict` do with the callback is the same in both.
+        end_on_slow_weights: Boolean. Whether to leave the slow weights in the model
+            when `fit` ends. Weights that `EarlyStopping` restores take precedence.
+            Defaults to `False`.
+        save_best_slow_weights: Boolean. Whether `ModelCheckpoint(save_best_only=True)`
+            saves the model with its slow weights. Such a file is the model to use, not
+            one to train further. Defaults to `False`.
+        prefix: String. Prefix for the names of metrics on the slow weights in `fit`.
+            With `"slow_"`, `slow_val_loss` is reported next to `val_loss`, which is
+            then measured on the fast weights. Defaults to `None`, in which case
+            `val_loss` is measured on the slow weights. It does not affect `evaluate`
+            and `predict`.
 
     Raises:
-        TypeError: `prefix` is not a string, or an empty one.
-        ValueError: in the beginning of `fit`, `evaluate` or `predict`, if the model's
-            optimizer has no Lookahead in it, or if
-            `keras.callbacks.SwapEMAWeights` is in the same list.
-        RuntimeError: another callback trains the model during an evaluation.
+        TypeError: If `prefix` is not a non-empty string.
+        ValueError: At the start of `fit`, `evaluate` or `predict`, if the model's
+            optimizer contains no Lookahead, or if `keras.callbacks.SwapEMAWeights` is
+            in the same list.
+        RuntimeError: If another callback trains the model during an evaluation.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class SlowWeights(keras.callbacks.Callback):
             check_type(name, value, bool, "True or False, as in SlowWeights(True)")
         if prefix is not None and not (isinstance(prefix, str) and prefix):
             raise TypeError(
-                "`prefix` is what names of metrics on the slow weights begin with, "
-                f"such as prefix='slow_'. Received: prefix={prefix!r}."
+                "`prefix` must be a non-empty string that the names of metrics on the "
+                f"slow weights begin with, such as prefix='slow_'. Received: "
+                f"prefix={prefix!r}."
             )
         self.end_on_slow_weights = end_on_slow_weights
         self.save_best_slow_weights = save_best_slow_weights
@@ -111,7 +113,7 @@ class SlowWeights(keras.callbacks.Callback):
                 self._restoring.append(callback)
 
     def _keeps_the_best(self, callback: keras.callbacks.Callback) -> bool:
-        """Whether a callback keeps slow weights, those of the best epoch."""
+        """Return whether a callback should keep the slow weights of the best epoch."""
         monitored = getattr(callback, "monitor", "")
         if self.prefix and not monitored.startswith(self.prefix):
             return False
@@ -132,7 +134,7 @@ class SlowWeights(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         self._callbacks_of_fit = None
         lookahead = find_lookahead(self.model)
-        # Restored just before this, or right after it.
+        # EarlyStopping restores its weights just before this, or right after it.
         if any(callback.best_weights is not None for callback in self._restoring):
             lookahead.restart()
         elif self.end_on_slow_weights:
@@ -150,7 +152,7 @@ class SlowWeights(keras.callbacks.Callback):
     def on_test_end(self, logs: dict | None = None) -> None:
         frame, _ = _keras.caller_of_callbacks()
         active = find_lookahead(self.model)._slow_weights_in
-        # Not those of a block, or of an evaluation that this one is part of.
+        # A `with` block, or an evaluation around this one, ends its own.
         if active is not None and active.evaluation is frame:
             active.end()
 
@@ -158,9 +160,9 @@ class SlowWeights(keras.callbacks.Callback):
 
 
 class _OnSlowWeights:
-    """A callback whose `on_epoch_end` finds the slow weights in the model.
+    """Runs a callback's `on_epoch_end` with the slow weights in the model.
 
-    It takes the callback's place in the list of one `fit`.
+    It replaces the callback in the list of one `fit`.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class _OnSlowWeights:
 
 
 def _validate_again(model: keras.Model) -> dict[str, float]:
-    """Metrics on `fit`'s validation data; training goes on as without them."""
+    """Return metrics on `fit`'s validation data, without affecting training."""
     weights = {id(weight) for weight in model.weights}
     seeds = [v for v in model.variables if id(v) not in weights]
     state = [(v, ops.copy(v)) for v in [*seeds, *model.metrics_variables]]
@@ -189,10 +191,10 @@ def _validate_again(model: keras.Model) -> dict[str, float]:
 
 
 def find_lookahead(model: keras.Model) -> Lookahead:
-    """The (outermost) Lookahead that trains a model.
+    """Return the (outermost) Lookahead that trains a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If there is none.
     """
     optimizer = getattr(model, "optimizer", None)
     for each in chain(optimizer):
@@ -206,11 +208,11 @@ def find_lookahead(model: keras.Model) -> Lookahead:
 
 
 def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
-    """Give Lookahead to a model that is compiled already, bojone's way.
+    """Add Lookahead to a compiled model.
 
-    The model is compiled again with the optimizer that it has, inside Lookahead.
-    That optimizer keeps its state, so training goes on where it was; the first
-    update from here on is Lookahead's first.
+    The model is compiled again with its optimizer inside Lookahead. The optimizer keeps
+    its state, so training continues where it was. The next update is Lookahead's
+    first. (bojone's `keras_lookahead` has the same interface.)
 
     Example:
 
@@ -221,23 +223,25 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
     >>> lookahead = inject(model, k=5, alpha=0.5)
 
     Args:
-        model: a compiled model.
-        k: int, updates between two syncs.
-        alpha: float in (0, 1], the step of the slow weights.
+        model: A compiled model.
+        k: Int. The number of updates between two syncs. Defaults to `5`.
+        alpha: Float in (0, 1]. The step of the slow weights toward the fast ones.
+            Defaults to `0.5`.
 
     Returns:
-        The new `Lookahead`, which is `model.optimizer` or, in float16, inside the
+        The new `Lookahead`. It is `model.optimizer` or, with float16, inside the
         `LossScaleOptimizer` there.
 
     Raises:
-        ValueError: the model is not compiled, its optimizer has a Lookahead already,
-            or `k` or `alpha` is out of range.
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the model is not compiled, if its optimizer contains a Lookahead
+            already, or if `k` or `alpha` is out of range.
     """
     check_type("model", model, keras.Model, "a compiled model: inject(model)")
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
             f"The model {model.name!r} is not compiled. Call model.compile(...) "
-            "first, or compile it with Lookahead(optimizer) at once."
+            "first, or compile it with Lookahead(optimizer) directly."
         )
     arguments: dict[str, Any] = _keras.compile_arguments(model)
     outer = model.optimizer
@@ -245,8 +249,8 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         if isinstance(each, Lookahead):
             raise ValueError(
                 f"The optimizer of the model {model.name!r} has a Lookahead already, "
-                f"with k={each.k} and alpha={each.alpha}. For others, compile the "
-                "model with a new Lookahead(...)."
+                f"with k={each.k} and alpha={each.alpha}. To use other values, compile "
+                "the model with a new Lookahead(...)."
             )
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):
         lookahead = Lookahead(outer.inner_optimizer, k=k, alpha=alpha)

@@ -1,18 +1,18 @@
-"""What the slots of an optimizer do under a zero gradient.
+"""Know by which factor each optimizer's slots decay under a zero gradient.
 
-The row step needs to know it: a row that missed n steps catches up with one power. An
-optimizer of your own says so with a method,
+A step on rows needs these factors: one power applies the decay of n missed steps. An
+optimizer of your own gives them with a method,
 
     def slot_decay_rates(self) -> dict[str, float]:
         return {"_accumulators": 1.0}
 
-which gives for each slot, by the name of the list that holds it, the factor by which a
-step with a zero gradient multiplies it. With the method the optimizer also says that
-whatever it does to a gradient, in `apply` or in `update_step`, it does to each row by
-itself. It speaks for its class and the classes above; a class below it that has an
-`update_step` or `apply` of its own has to say so again.
+that returns for each slot, by the name of the list that holds it, the factor by which a
+step with a zero gradient multiplies it. By defining the method, the optimizer also
+states that `apply` and `update_step` treat each row of a gradient by itself. The method
+counts for its class and the classes above it. A subclass that overrides `update_step`
+or `apply` has to define the method again.
 
-For Keras's optimizers the factors follow from the equations:
+For Keras's optimizers, the factors follow from the equations:
 
 * SGD:      m <- momentum m
 * Adam:     m <- beta_1 m,  v <- beta_2 v,  max(v_hat, v) = v_hat as v only shrinks
@@ -63,13 +63,13 @@ _RATES: dict[type, Callable[[Any], dict[str, float]]] = {
 
 
 def log_rates(optimizer: keras.Optimizer) -> dict[str, float] | None:
-    """The logarithm of each slot's rate of decay a step, by the slot's name.
+    """Return the logarithm of each slot's decay factor per step, by the slot's name.
 
     Returns:
-        `None` for an optimizer whose step on a row depends on other rows (Lamb,
-        Adafactor, Muon), whose slots do not decay in closed form (Ftrl with
-        shrinkage, which adds a multiple of the weight in every step), or that has a
-        step of its own and does not say what its slots do.
+        `None` if a step on a row depends on other rows (Lamb, Adafactor, Muon), if
+        slots do not decay by a constant factor (Ftrl with shrinkage, which adds a
+        multiple of the weight in every step), or if the optimizer has a step of its own
+        and does not define `slot_decay_rates`.
     """
     rates = _rates(optimizer)
     if rates is None or getattr(

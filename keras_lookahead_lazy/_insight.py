@@ -1,4 +1,4 @@
-"""What the wrappers do, in the logs of each epoch."""
+"""Insight, a callback that logs what the wrappers do in each epoch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from keras_lookahead_lazy._lookahead import Lookahead
 
 
 class Insight(keras.callbacks.Callback):
-    r"""Adds to an epoch's logs how far Lookahead steps and which rows are sampled.
+    r"""Logs in each epoch how far Lookahead steps and which rows are sampled.
 
-    The logs are in `History`, the progress bar, and the callbacks that come later in
-    the list, such as `TensorBoard`:
+    The values appear in `History`, in the progress bar, and in the logs of callbacks
+    later in the list, such as `TensorBoard`:
 
-    - `fast_slow_distance`: \(\lVert \theta - \phi \rVert_2\) over all weights when the
-      epoch ends, \(\theta\) being the fast and \(\phi\) the slow ones.
-    - `updates_since_sync`: how many updates have led there from the last sync. Where
-      it is 0, so is the distance: let the epoch's steps be no multiple of `k`.
+    - `fast_slow_distance`: \(\lVert \theta - \phi \rVert_2\) over all weights at the
+      end of the epoch, with the fast weights \(\theta\) and the slow weights \(\phi\).
+    - `updates_since_sync`: the number of updates since the last sync. If it is 0, so
+      is the distance. To see a distance, choose a number of steps per epoch that is
+      not a multiple of `k`.
     - `sampled/TABLE`, for each table of a `LazyOptimizer`: the share of its rows that
       was sampled in the epoch.
-    - `by_rows/TABLE`: 1 if the last step worked on the table's rows, 0 if it passed
-      over the whole table; `LazyOptimizer.step_forms` has the reason.
-    - `never_sampled/TABLE`: the share that has not been sampled since the optimizer
-      was made, also in a training that was saved and goes on.
+    - `by_rows/TABLE`: 1 if the last step worked on the table's rows, 0 if it worked on
+      the whole table. `LazyOptimizer.step_forms` gives the reason.
+    - `never_sampled/TABLE`: the share of rows that has never been sampled, counted
+      across saving and resuming.
 
-    A training step does nothing for this. The end of an epoch reads fast and slow
-    weights once, and for each row of a table one number, which the optimizer keeps
-    anyway.
+    This adds no work to training steps. The end of an epoch reads the fast and slow
+    weights once, and one number per table row, which the optimizer keeps anyway.
 
     Example:
 
@@ -47,8 +47,8 @@ class Insight(keras.callbacks.Callback):
     [0.3]
 
     Raises:
-        ValueError: in the beginning of `fit`, if the model's optimizer is neither a
-            Lookahead nor a LazyOptimizer, nor has one inside.
+        ValueError: At the start of `fit`, if the model's optimizer neither is nor
+            contains a Lookahead or LazyOptimizer.
     """
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -57,7 +57,7 @@ class Insight(keras.callbacks.Callback):
         self._lazy = _first(optimizers, LazyOptimizer)
         if self._lookahead is None and self._lazy is None:
             raise ValueError(
-                "Insight tells of Lookahead and LazyOptimizer, and the model's "
+                "Insight logs what Lookahead and LazyOptimizer do, but the model's "
                 f"optimizer is {type(self.model.optimizer).__name__}. Compile the "
                 "model with Lookahead(...) or LazyOptimizer(...), or remove Insight "
                 "from the callbacks."

@@ -1,9 +1,9 @@
-"""Every name that Keras does not publish and this package cannot do without.
+"""Every private name of Keras that this package needs.
 
-A wrapper has to reach its inner optimizer's per-weight state, and a lazy step
-has to run the inner optimizer's `update_step` on something smaller than the
-weight. Keras has no public way to do either. Each use is here, with the reason,
-and nowhere else; a test looks.
+A wrapper has to reach its inner optimizer's per-weight state, and a lazy step has to
+run the inner optimizer's `update_step` on something smaller than the weight. Keras has
+no public way to do either. All such uses are in this module, each with its reason.
+`tests/test_house.py` checks that there are none elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = ["in_stateless_scope", "no_automatic_dependency_tracking"]
 
-# Lists of the base class that may have one entry per weight and are no slots.
+# Lists of the base class that may have one entry per weight but are not slots.
 _NOT_SLOTS = {
     "_variables",
     "_accumulated_gradients",
@@ -40,14 +40,14 @@ _NOT_SLOTS = {
 
 
 def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """The optimizer at the end of a chain of `inner_optimizer`s."""
+    """Return the optimizer at the end of a chain of `inner_optimizer`s."""
     return chain(optimizer)[-1]
 
 
 def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
-    """An optimizer, the one inside it, and so on."""
+    """Return an optimizer, the one inside it, and so on."""
     optimizers = []
-    # (AutoGraph, which may come by here, knows no assignment in a condition.)
+    # (AutoGraph may convert this, and does not support assignments in conditions.)
     inside: keras.Optimizer | None = optimizer
     while inside is not None:
         optimizers.append(inside)
@@ -56,18 +56,19 @@ def chain(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
 
 
 def inner(optimizer: keras.Optimizer) -> keras.Optimizer | None:
-    """The optimizer inside of a wrapper, also Keras's own; `None` inside of others.
+    """Return the optimizer inside a wrapper, including Keras's own, or `None`.
 
-    The attribute `inner_optimizer` of a `LazyOptimizer` makes slots current, too.
+    Unlike the attribute `inner_optimizer` of a `LazyOptimizer`, this does not bring
+    slots up to date.
     """
     return vars(optimizer).get("inner_optimizer")
 
 
 def schedule_free(optimizer: keras.Optimizer) -> keras.Optimizer | None:
-    """The schedule-free optimizer at the end of a chain, or in a container there.
+    """Return the schedule-free optimizer at the end of a chain, or in a container.
 
-    Keras has one since 3.15. (A `MultiOptimizer` with a function knows its optimizers
-    when it is built.)
+    Keras has one since 3.15. (A `MultiOptimizer` that was created with a function knows
+    its optimizers only when it is built.)
     """
     cls = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
     last = innermost(optimizer)
@@ -90,38 +91,38 @@ def register_weights(optimizer: keras.Optimizer, weights: list) -> None:
 
 @no_automatic_dependency_tracking
 def note_weights(optimizer: keras.Optimizer) -> None:
-    """Let Keras's own wrapper know its weights, which it does not before Keras 3.12."""
+    """Tell Keras's own wrapper its weights, which Keras does itself since 3.12."""
     inside = inner(optimizer)
     if inside is not None and not weights(optimizer):
         register_weights(optimizer, list(weights(inside)))
 
 
 def weights(optimizer: keras.Optimizer) -> list:
-    """The weights that an optimizer was built for."""
+    """Return the weights that an optimizer was built for."""
     return optimizer._trainable_variables
 
 
 def counter(optimizer: keras.Optimizer) -> keras.Variable:
-    """An optimizer's own counter of calls, whatever its `iterations` are."""
+    """Return an optimizer's own counter of calls, whatever its `iterations` are."""
     return optimizer._iterations
 
 
 def key(optimizer: keras.Optimizer, variable: Any) -> Any:
-    """What a weight, its `tf.Variable` and the replicas of that have in common."""
+    """Return a key that a weight, its `tf.Variable` and its replicas have in common."""
     return optimizer._var_key(variable)
 
 
 def is_known(optimizer: keras.Optimizer, variable: Any) -> bool:
-    """Whether an optimizer was built for a weight."""
+    """Return whether an optimizer was built for a weight."""
     return key(optimizer, variable) in optimizer._trainable_variables_indices
 
 
 @contextlib.contextmanager
 def variables_added(optimizer: keras.Optimizer, variables: list) -> Iterator[None]:
-    """Variables for which the innermost optimizer chooses old or new values, too.
+    """Let the innermost optimizer also choose old or new values of `variables`.
 
-    JAX's gradient accumulation and `LossScaleOptimizer` compute every update and then
-    choose, for the variables that they know.
+    On JAX, gradient accumulation and `LossScaleOptimizer` compute every update and then
+    choose between old and new values, for the variables that they know.
     """
     state = vars(innermost(optimizer))
     before = state["_variables"]
@@ -133,22 +134,23 @@ def variables_added(optimizer: keras.Optimizer, variables: list) -> Iterator[Non
 
 
 def path(variable: Any) -> str:
-    """A weight's path; of a `tf.Variable`, which has none, the name."""
+    """Return a weight's path, or the name of a `tf.Variable`, which has no path."""
     return getattr(variable, "path", variable.name)
 
 
 def config_with_any_learning_rate(optimizer: keras.Optimizer) -> dict[str, Any]:
-    """An optimizer's config, with a number for the learning rate.
+    """Return an optimizer's config with an arbitrary number as the learning rate.
 
-    A lambda there can be serialized, with a warning, but not loaded.
+    A learning rate that is a lambda could be serialized, with a warning, but not
+    loaded.
     """
     return _stand_in(optimizer, _learning_rate=None).get_config()
 
 
 def config_without_state(optimizer: keras.Optimizer) -> dict[str, Any]:
-    """An optimizer's config, for which no variable is read."""
+    """Return an optimizer's config without reading any variable."""
     state = {"_learning_rate": None}
-    if inner(optimizer) is not None:  # whose config would be a part of this
+    if inner(optimizer) is not None:  # its config would be part of this one
         state["inner_optimizer"] = None
     config = _stand_in(optimizer, **state).get_config()
     config.pop("learning_rate", None)
@@ -156,14 +158,14 @@ def config_without_state(optimizer: keras.Optimizer) -> dict[str, Any]:
 
 
 def _stand_in(optimizer: keras.Optimizer, **attributes: Any) -> keras.Optimizer:
-    """What shares everything with an optimizer but some attributes."""
+    """Return an object that shares everything with an optimizer except `attributes`."""
     stand_in = object.__new__(type(optimizer))
     vars(stand_in).update(vars(optimizer), **attributes)
     return stand_in
 
 
 def learning_rate(optimizer: keras.Optimizer) -> Any:
-    """What an optimizer has its learning rate from: a variable, a schedule, a function.
+    """Return the variable, schedule or function that gives the learning rate.
 
     The public attribute would compute a schedule's value.
     """
@@ -171,17 +173,17 @@ def learning_rate(optimizer: keras.Optimizer) -> Any:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """The value of a variable or tensor, without recording an operation."""
+    """Return the value of a variable or tensor without recording an operation."""
     if isinstance(value, keras.Variable):
         return np.asarray(value.numpy())
     return np.asarray(ops.convert_to_numpy(value))
 
 
 def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:
-    """The config of an optimizer, in terms that hold on every backend.
+    """Return the config of an optimizer in a form that every backend can load.
 
-    On torch Keras's optimizers are subclasses in modules of that backend, and Keras
-    stores their names, which cannot be loaded on another.
+    On torch, Keras's optimizers are subclasses in modules of that backend. Keras stores
+    the names of these modules, which cannot be loaded on another backend.
     """
     config = keras.saving.serialize_keras_object(optimizer)
     if config["module"].startswith("keras.src.backend."):
@@ -190,12 +192,12 @@ def serialize(optimizer: keras.Optimizer) -> dict[str, Any]:
 
 
 def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable]:
-    """What a built optimizer keeps for one weight, by the name of its list.
+    """Return what a built optimizer keeps for one weight, by the name of its list.
 
-    Keras's convention, which its own optimizers and its guide for new ones
-    follow: a list attribute with one entry per weight, in the order of `build`.
-    (Muon's, up to Keras 3.12, are dictionaries by the weights' paths.) The weights
-    themselves, which an optimizer may keep likewise, are none.
+    This relies on a convention that Keras's own optimizers and its guide for new ones
+    follow: slots are in a list attribute with one entry per weight, in the order of
+    `build`. (Up to Keras 3.12, Muon's are in dictionaries by the weights' paths.) The
+    weights themselves, which an optimizer may keep in the same way, do not count.
     """
     index = optimizer._get_variable_index(variable)
     weight, count = weights(optimizer)[index], len(weights(optimizer))
@@ -215,9 +217,10 @@ def slots(optimizer: keras.Optimizer, variable: Any) -> dict[str, keras.Variable
 
 
 def nested_scope(pairs: Iterable[tuple]) -> keras.StatelessScope:
-    """A scope in which some variables have other values; the rest keep theirs.
+    """Return a scope in which some variables have other values.
 
-    Keras's own scope would show the rest as they were before every scope.
+    The other variables keep their values of the scope around it. In Keras's own scope,
+    they would have their values from outside of all scopes.
     """
     scope = keras.StatelessScope(state_mapping=pairs)
     if in_stateless_scope():
@@ -225,7 +228,7 @@ def nested_scope(pairs: Iterable[tuple]) -> keras.StatelessScope:
     return scope
 
 
-# Where a gradient goes on its way to a weight.
+# The methods that a gradient goes through on its way to a weight.
 _STEP = {
     "apply",
     "apply_gradients",
@@ -239,13 +242,13 @@ _STEP = {
 
 
 def has_step_of_its_own(attributes: Mapping[str, Any], module: str = "") -> bool:
-    """Whether a class, or an optimizer, changes what is done to a gradient.
+    """Return whether a class or an optimizer overrides a part of the step.
 
-    Of Keras's own classes only `update_step` differs from one to the other.
+    Keras's own classes differ only in `update_step`.
 
     Args:
-        attributes: those of the class or of the optimizer itself.
-        module: the class's.
+        attributes: The attributes of the class or of the optimizer itself.
+        module: The module of the class.
     """
     own = {"update_step"} if module.startswith("keras.src.") else _STEP
     taken_over = {name for name in own if hasattr(attributes.get(name), "_is_ours")}
@@ -275,8 +278,8 @@ class UnstoredVariable(keras.Variable):
     """
 
     def __init__(self, value: Any, like: keras.Variable) -> None:
-        # No `super().__init__`: it would create storage. These are the
-        # attributes that the base class's properties read.
+        # `super().__init__` would create storage. These are the attributes that the
+        # base class's properties read.
         self._value = value
         self._shape = tuple(value.shape)
         self._ndim = len(self._shape)
@@ -298,7 +301,7 @@ class UnstoredVariable(keras.Variable):
 
 
 def _small_weight(variable: keras.Variable) -> keras.Variable:
-    """A small variable that an optimizer treats as it would treat `variable`."""
+    """Return a small variable that an optimizer treats like `variable`."""
     shape = tuple(variable.shape)
     small = (2,) + (1,) * (len(shape) - 1) if shape else ()
     value = np.arange(1, 1 + math.prod(small), dtype="float32").reshape(small)
@@ -311,10 +314,10 @@ def _small_weight(variable: keras.Variable) -> keras.Variable:
 def fresh_slots(
     optimizer: keras.Optimizer, variables: list
 ) -> list[dict[str, keras.Variable]]:
-    """The slots of a copy of `optimizer`, not trained yet, for each of `variables`.
+    """Return the slots of a new copy of `optimizer`, for each of `variables`.
 
-    The copy is built on small stand-ins of the weights, with two entries along the
-    first axis and one along each other.
+    The copy is built for small stand-ins of the weights, with two entries along the
+    first axis and one along every other axis.
     """
     config = config_with_any_learning_rate(optimizer)
     copy = type(optimizer).from_config(config)
@@ -324,10 +327,10 @@ def fresh_slots(
 
 
 def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
-    """Names of a table's slots that have an entry for each row.
+    """Return the names of a table's slots that have one entry per row.
 
-    Of a table with as many rows as columns, say, Adafactor's averages over both are
-    as long; then a smaller table tells which is which.
+    If a table has as many rows as columns, for example, Adafactor's averages over rows
+    and over columns have the same length. A smaller table then shows which is which.
     """
     shape, found = tuple(variable.shape), slots(optimizer, variable)
     length = shape[0]
@@ -338,7 +341,7 @@ def slots_by_row(optimizer: keras.Optimizer, variable: Any) -> set[str]:
 
 
 def unknown_slots(optimizer: keras.Optimizer, variables: list) -> list[keras.Variable]:
-    """What may be slots of some weights, but not where `slots` looks for them."""
+    """Return variables that may be slots of weights but that `slots` does not find."""
     rows = {tuple(variable.shape[:1]) for variable in variables} - {()}
     known = [
         weights(optimizer),
@@ -362,14 +365,14 @@ def take_over(
     is_taken: Callable[[Any], bool],
     update: Callable[[Any, Any, Any], None],
 ) -> None:
-    """Put `update` in the place of an optimizer's `update_step` for some weights.
+    """Replace an optimizer's `update_step` by `update` for some weights.
 
-    Their weight decay is left to `update`, too. All that Keras does around the step
-    (clipping, accumulation, replicas, averages) stays.
+    `update` also has to apply their weight decay. Everything that Keras does around the
+    step (clipping, accumulation, replicas, averages) stays.
 
     Args:
-        is_taken: tells of a weight (on TensorFlow of its replica) whether it is one.
-        update: gets gradient, weight and learning rate.
+        is_taken: Returns whether a weight (on TensorFlow, its replica) is one of them.
+        update: Function of gradient, weight and learning rate.
     """
     update_step, decay_weights = optimizer.update_step, optimizer._apply_weight_decay
 
@@ -391,7 +394,7 @@ def take_over(
 
 
 def is_taken_over(optimizer: keras.Optimizer) -> bool:
-    """Whether `take_over` was called for an optimizer."""
+    """Return whether `take_over` was called for an optimizer."""
     return "update_step" in vars(optimizer)
 
 
@@ -404,7 +407,7 @@ def _take_over_parallel_update(
     )
 
     update_all = optimizer._backend_update_step
-    # The update that the same optimizer has on other backends.
+    # The update of the same optimizer on other backends.
     update_each = super(TorchParallelOptimizer, optimizer)._backend_update_step
 
     def update(grads: list, variables: list, learning_rate: Any) -> None:
@@ -423,16 +426,16 @@ def _take_over_parallel_update(
 
 
 def accumulator(optimizer: keras.Optimizer, variable: Any) -> keras.Variable:
-    """What Keras's gradient accumulation adds a weight's gradients to."""
+    """Return the variable that Keras accumulates a weight's gradients in."""
     index = optimizer._get_variable_index(variable)
     return optimizer._accumulated_gradients[index]
 
 
 @contextlib.contextmanager
 def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
-    """Let `apply` update with the gradients that it gets, and accumulate none.
+    """Let `apply` update with its gradients at once, without accumulating them.
 
-    The counters, of calls and of updates, stay what gradient accumulation makes them.
+    The counters of calls and of updates stay as gradient accumulation sets them.
     """
 
     def update(grads: list, variables: list) -> None:
@@ -449,17 +452,17 @@ def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
 
 
 def own_variables(optimizer: keras.Optimizer) -> list:
-    """The variables that an optimizer has itself, as they are stored."""
+    """Return the variables of an optimizer itself, without those of an inner one."""
     return list(vars(optimizer)["_variables"])
 
 
 def all_variables(optimizer: keras.Optimizer) -> list:
-    """The same, with those of the optimizers inside."""
+    """Return the variables of an optimizer and of the optimizers inside."""
     return [v for each in chain(optimizer) for v in own_variables(each)]
 
 
 def unique(variables: Iterable) -> list:
-    """Variables, each once; they compare by value, so it is their ids that differ."""
+    """Return each variable once. Variables compare by value, so this uses their ids."""
     return list({id(variable): variable for variable in variables}.values())
 
 
@@ -471,16 +474,16 @@ def step_on_rows(
     gradient: Any,
     learning_rate: Any,
 ) -> None:
-    """An optimizer's own weight decay and `update_step`, on rows of a weight.
+    """Run an optimizer's own weight decay and `update_step` on rows of a weight.
 
     They run on a stand-in for the optimizer that shares everything with it
-    (hyperparameters, counters, learning rate) but the one weight's slots. It is made
-    without `__init__` or `copy`, which would create variables.
+    (hyperparameters, counters, learning rate) except the slots of this weight. The
+    stand-in is created without `__init__` or `copy`, which would create variables.
 
     Args:
-        variable: the whole weight.
-        weight: the rows.
-        slots: the rows of its slots, by name.
+        variable: The whole weight.
+        weight: The rows.
+        slots: The rows of the slots, by name.
     """
     index = optimizer._get_variable_index(variable)
     variable_key = key(optimizer, variable)
@@ -505,7 +508,7 @@ def step_on_rows(
     before = dict(state)
     stand_in._apply_weight_decay([weight])
     stand_in.update_step(gradient, weight, learning_rate)
-    for name, value in state.items():  # what the step noted in attributes of its own
+    for name, value in state.items():  # attributes that the step itself has set
         if value is not before.get(name):
             setattr(optimizer, name, value)
 
@@ -514,18 +517,18 @@ def step_on_rows(
 
 
 def stored_value(variable: keras.Variable) -> Any:
-    """A variable's own value; a layer with mixed precision would see a copy, cast."""
+    """Return a variable's own value. With mixed precision, a layer sees a cast copy."""
     with AutocastScope(None):
         return variable.value
 
 
 def looked_up_table(layer: keras.layers.Embedding) -> keras.Variable:
-    """The variable of which an Embedding looks up rows; with LoRA, that it trains."""
+    """Return the variable whose rows an Embedding looks up; with LoRA, the factor."""
     return layer.lora_embeddings_a if layer.lora_enabled else layer._embeddings
 
 
 def with_lora(layer: keras.layers.Embedding, ids: Any, rows: Any) -> Any:
-    """What an Embedding makes of the rows of its trained table."""
+    """Return the output of an Embedding for rows of its trained table."""
     if not layer.lora_enabled:
         return rows
     # Keras has `lora_alpha` since 3.11.
@@ -538,9 +541,9 @@ def with_lora(layer: keras.layers.Embedding, ids: Any, rows: Any) -> Any:
 
 
 def training_model() -> keras.Model | None:
-    """The model in whose method this runs, such as `train_step`; `None` elsewhere.
+    """Return the model whose method, such as `train_step`, calls this, or `None`.
 
-    On JAX that gives an optimizer mere values, not variables.
+    On JAX, `train_step` passes only values to an optimizer, not variables.
     """
     for frame in _callers():
         caller = frame.f_locals.get("self")
@@ -550,7 +553,7 @@ def training_model() -> keras.Model | None:
 
 
 def called_model() -> Any:
-    """The model or layer that the user (or `fit`) called, in whose call this runs."""
+    """Return the model or layer that the user (or `fit`) called, and that runs now."""
     context = global_state.get_global_attribute("current_call_ctx")
     return getattr(context, "entry_layer", None)
 
@@ -559,9 +562,9 @@ def called_model() -> Any:
 def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
     """Call `note` with each model that is compiled from now on.
 
-    Keras tells an optimizer nothing of its model, and so nothing of frozen weights.
-    It is the base class's method, for Keras compares that with a model's own when it
-    loads one.
+    Keras does not tell an optimizer about its model, and therefore not about frozen
+    weights. This replaces the method of the base class, because Keras compares it with
+    a model's own method when it loads a model.
     """
     compile_model = Trainer.compile
 
@@ -577,9 +580,9 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
 def replace_loss_scaling(
     is_by_rows: Callable[[Any], bool], apply_by_rows: Callable[..., None]
 ) -> None:
-    """Let `apply_by_rows` make the steps of those LossScaleOptimizers it is for.
+    """Let `apply_by_rows` make the steps of a LossScaleOptimizer if `is_by_rows`.
 
-    Keras puts this optimizer around the user's by itself, in `compile`.
+    In `compile`, Keras itself puts a LossScaleOptimizer around the user's optimizer.
     """
     scaling = keras.optimizers.LossScaleOptimizer
     apply, stateless_apply = scaling.apply, scaling.stateless_apply
@@ -606,10 +609,10 @@ def replace_loss_scaling(
 
 
 def caller_of_callbacks() -> tuple[FrameType | None, list]:
-    """What is calling a callback: `fit`'s or `evaluate`'s frame, and its callbacks.
+    """Return the frame of the `fit` or `evaluate` that calls a callback, and its list.
 
-    Keras tells a callback neither which others there are nor that `evaluate` was
-    interrupted; both can be seen in the calls.
+    Keras does not tell a callback about the other callbacks, nor that `evaluate` was
+    interrupted. Both can be seen in the stack of calls.
     """
     frame, callbacks = inspect.currentframe(), []
     frame = frame and frame.f_back
@@ -624,19 +627,19 @@ def caller_of_callbacks() -> tuple[FrameType | None, list]:
 
 
 def validate_again(model: keras.Model) -> dict[str, float]:
-    """Metrics on the validation data of the `fit` that is running.
+    """Return metrics on the validation data of the running `fit`.
 
-    Keras tells callbacks nothing of those data, but keeps the iterator that its own
-    validation went through until `fit` ends.
+    Keras does not pass these data to callbacks, but it keeps the iterator of its own
+    validation until `fit` ends.
     """
     return model.evaluate(verbose=0, return_dict=True, _use_cached_eval_dataset=True)
 
 
 def is_saving_or_loading() -> bool:
-    """Whether Keras reads or writes a file, and this is called from there.
+    """Return whether this is called while Keras reads or writes a file.
 
-    It goes through all attributes then, and reads those that compute something, too.
-    A state tree is what `OrbaxCheckpoint` writes.
+    Keras then reads all attributes, including those that compute something. A state
+    tree is what `OrbaxCheckpoint` writes.
     """
     return any(
         frame.f_globals.get("__name__", "").startswith("keras.src.saving.")
@@ -646,9 +649,9 @@ def is_saving_or_loading() -> bool:
 
 
 def is_refusing_a_file() -> bool:
-    """Whether Keras reads a file, and will raise an error as a layer does not fit.
+    """Return whether Keras reads a file that it is going to reject.
 
-    It goes on with everything else first.
+    If a layer does not fit, Keras first loads everything else and then raises an error.
     """
     for frame in _callers():
         if frame.f_code.co_name == "_load_state":
@@ -658,7 +661,7 @@ def is_refusing_a_file() -> bool:
 
 
 def _callers() -> Iterator[FrameType]:
-    """The frames of what is running, the innermost first."""
+    """Iterate over the frames of the running functions, the innermost first."""
     frame = inspect.currentframe()
     while frame:
         yield frame
@@ -666,5 +669,5 @@ def _callers() -> Iterator[FrameType]:
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """What the user gave to `model.compile`, to call it again with."""
+    """Return the arguments that the user passed to `model.compile`."""
     return dict(model._compile_config.config)

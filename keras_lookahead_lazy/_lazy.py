@@ -1,4 +1,4 @@
-"""LazyOptimizer: embedding rows move only when their token was sampled."""
+"""LazyOptimizer: update embedding rows only in steps that sampled them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from keras_lookahead_lazy._row_step import Part, Table, step
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 MOMENTS = ("decay", "freeze")
-# A table with more rows is large: a step that passes over it is worth a warning.
+# A step that works on all rows of a larger table causes a warning.
 LARGE = 10**5
 REGULARIZED = (
     "the table's embeddings_regularizer gives every row a gradient. The layer's "
-    "activity_regularizer penalises the looked-up rows only"
+    "activity_regularizer penalizes only the rows that are looked up"
 )
 
 
@@ -39,21 +39,21 @@ REGULARIZED = (
 class LazyOptimizer(OptimizerWrapper):
     r"""Updates the rows of embedding tables only in steps that sampled them.
 
-    A row is sampled in a step when its gradient row \(g_i\) is not all zero. With
-    \(u(\theta, s, g)\) the update that the inner optimizer makes of a weight
-    \(\theta\) and its slots \(s\),
+    A row is sampled in a step if its row \(g_i\) of the gradient has a nonzero entry.
+    Let \(u(\theta, s, g)\) be the inner optimizer's update of a weight \(\theta\) and
+    its slots \(s\). Then
 
     $$(\theta_i, s_i) \leftarrow
       \begin{cases} u(\theta_i, s_i, g_i) & g_i \neq 0 \\
-      (\theta_i, s'_i) & g_i = 0, \end{cases}$$
+      (\theta_i, s'_i) & g_i = 0. \end{cases}$$
 
-    so that no momentum, weight decay or constraint moves a row whose token was not
-    in the batch. `moments` chooses \(s'_i\). All other weights are updated exactly
+    So neither momentum nor weight decay nor a constraint moves a row whose token was
+    not in the batch. `moments` chooses \(s'_i\). All other weights are updated exactly
     as by the inner optimizer.
 
-    A table that is only looked up has a gradient that is known by rows. Its step
-    reads and writes those rows and no others, in both modes: a row's slots catch up
-    on the decay they missed when the row is next sampled, or in `catch_up()`.
+    If a table is used only for lookups, a step reads and writes the rows that were
+    looked up and no others. With `moments="decay"`, the decay of the other rows is
+    deferred until they are sampled again, or until `catch_up()`.
 
     Example:
 
@@ -64,26 +64,30 @@ class LazyOptimizer(OptimizerWrapper):
     >>> optimizer = LazyOptimizer(keras.optimizers.Adam(1e-3), [words])
     >>> model.compile(optimizer=optimizer, loss="mse")
 
+    If a table is frozen, this warns and trains the other weights.
+
     Args:
-        optimizer: the inner optimizer: a Keras optimizer, its name or its config.
-        embedding_layers: the tables: a list of `keras.layers.Embedding` layers
-            (built or not), variables, or names and paths of either. `None`, the
-            default, takes the table of every Embedding layer.
-        moments: what slots of rows that were not sampled do. `"decay"`: what the
-            inner optimizer's slots do under a zero gradient. `"freeze"`: they stay.
-            Defaults to `"decay"`.
-        name: name of the optimizer.
+        optimizer: Keras optimizer instance, its name or its config. The inner
+            optimizer.
+        embedding_layers: List of `keras.layers.Embedding` layers (built or not), of
+            variables, or of names or paths of either. If `None`, every `Embedding`
+            layer of the model is used. Defaults to `None`.
+        moments: `"decay"` or `"freeze"`. What happens to the slots of rows that were
+            not sampled: `"decay"` lets them decay as under a zero gradient, and
+            `"freeze"` leaves them unchanged. Defaults to `"decay"`.
+        name: String. The name of the optimizer. Defaults to `None`, in which case
+            Keras chooses one.
 
     Raises:
-        TypeError: an argument is of the wrong kind, or meant for the inner
+        TypeError: If an argument has the wrong type or belongs to the inner
             optimizer.
-        ValueError: `moments` is unknown, the order of nesting has no meaning, or
-            `embedding_layers` names something that is no table of the model (the
-            last may be known in `build` only). A table that is frozen is a warning.
+        ValueError: If `moments` is unknown, if wrappers are nested in a wrong order,
+            or (possibly only in `build`) if `embedding_layers` names something that
+            is not an embedding table of the model.
 
-    Reference: Su Jianlin (bojone), keras_lazyoptimizer. Two of its faults are not
-    taken over: it masked the learning rate, under which momentum still moved rows
-    that were not sampled, and it counted every step twice.
+    Reference: Su Jianlin (bojone), keras_lazyoptimizer. Two of its faults were not
+    carried over: it masked the learning rate, under which momentum still moved rows
+    that were not sampled, and it counted additional steps.
     """
 
     def __init__(
@@ -103,15 +107,15 @@ class LazyOptimizer(OptimizerWrapper):
         self._steps_running = 0  # one for each replica within a step
 
     def _remember(self, **attributes: Any) -> None:
-        """Set attributes that neither Keras nor TensorFlow shall track and save."""
+        """Set attributes that neither Keras nor TensorFlow should track and save."""
         self.__dict__.update(attributes)
 
     @property
     def moments(self) -> str:
         """`"decay"` or `"freeze"`.
 
-        Set it between two calls of `fit`; functions that were compiled before keep
-        the old mode until the model is compiled again.
+        You can set it between two calls of `fit`. Functions that were compiled before
+        keep the old mode until the model is compiled again.
         """
         return self._moments
 
@@ -125,15 +129,16 @@ class LazyOptimizer(OptimizerWrapper):
 
     @property
     def step_forms(self) -> dict[str, str]:
-        """How the last step was computed, for each table by its name.
+        """How the last step of each table was computed, by the table's name.
 
-        The name is the path, with the position among the weights (`path:3`) where
-        two tables share it.
+        - `"rows"`: the step worked on the looked-up rows.
+        - `"masked: ..."`: the step worked on the whole table and kept the result only
+          in sampled rows, for the reason given.
 
-        `"rows"`: the step worked on the looked-up rows. `"masked: ..."`: it worked on
-        the whole table and masked the result, for the reason given. In a compiled step
-        this is what was seen when it was traced. Before the first step it is what is
-        expected, which ends in `" (expected)"`.
+        For a compiled step, this is what tracing found. Before the first step, it is
+        what is expected, with `" (expected)"` at the end. The name of a table is its
+        path. If two tables share a path, their positions among the weights are added,
+        as in `path:3`.
         """
         forms = [
             table.form or f"{self._form(table, None)} (expected)"
@@ -142,10 +147,10 @@ class LazyOptimizer(OptimizerWrapper):
         return dict(zip(self._table_names(), forms, strict=True))
 
     def _form(self, table: Table, seen: str | None) -> str:
-        """How a step on a table is computed.
+        """Return how a step on a table is computed.
 
         Args:
-            seen: why its gradient is dense, if it is.
+            seen: Why the gradient of this step is dense, or `None` if it is not.
         """
         reason = table.reason or self._why_gradients_are_dense() or seen
         if reason is not None:
@@ -159,8 +164,9 @@ class LazyOptimizer(OptimizerWrapper):
             return
         table.has_warned = True
         warnings.warn(
-            f"Each step passes over all {rows} rows of {_keras.path(table.variable)} "
-            f"({table.form}). See `step_forms` and the page on large embedding tables.",
+            f"Each step works on all {rows} rows of {_keras.path(table.variable)} "
+            f"({table.form}). See `step_forms` and the documentation page "
+            "'Large embedding tables'.",
             stacklevel=2,
         )
 
@@ -170,14 +176,14 @@ class LazyOptimizer(OptimizerWrapper):
 
     def _why_gradients_are_dense(self) -> str | None:
         if self.gradient_accumulation_steps and not self._accumulates():
-            return "gradient accumulation adds up whole gradients here"
+            return "gradient accumulation works on whole gradients in this set-up"
         return None
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """Find the tables, create the variables, take over the tables' updates.
+        """Find the tables, create variables, and take over the tables' updates.
 
         Args:
-            variables: the model's trainable variables.
+            variables: The trainable variables of the model.
         """
         if self.built:
             return
@@ -188,9 +194,9 @@ class LazyOptimizer(OptimizerWrapper):
         found, frozen = _tables.find_tables(self._sources, variables, weights)
         if frozen and variables:
             warnings.warn(
-                f"Frozen, and so not trained by LazyOptimizer: {', '.join(frozen)}. "
-                "All other weights are trained. After unfreezing, compile the model "
-                "with a new LazyOptimizer.",
+                "LazyOptimizer does not train embedding tables that are frozen: "
+                f"{', '.join(frozen)}. All other weights are trained. After "
+                "unfreezing, compile the model with a new LazyOptimizer.",
                 stacklevel=2,
             )
         if not self._inner.built:
@@ -206,10 +212,10 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     def _check_slots(self, moments: str, tables: list[keras.Variable]) -> None:
-        """Refuse to freeze slots that are not where Keras's optimizers keep them."""
+        """Raise if "freeze" cannot find the slots of the inner optimizer."""
         inner = _keras.innermost(self._inner)
         for table in tables if moments == "freeze" else []:
-            # A weight with other rows would have its slots in the place of others.
+            # Slots are recognized by their number of rows: only such weights matter.
             rows = tuple(table.shape[:1])
             alike = [v for v in _keras.weights(inner) if tuple(v.shape[:1]) == rows]
             check_slots_are_known("moments='freeze'", inner, alike, "moments='decay'")
@@ -221,8 +227,8 @@ class LazyOptimizer(OptimizerWrapper):
         log_rates = _decay_rates.log_rates(inner)
         reason = None
         if log_rates is None:
-            reason = f"{type(inner).__name__} is not known to update rows "
-            reason += "one by one and to decay in closed form"
+            reason = f"{type(inner).__name__} is not known to treat each row by "
+            reason += "itself, with slots that decay by constant factors"
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
         name = variable.path.replace("/", "_")  # as slots are named
@@ -246,7 +252,7 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     def _kind(self, table: keras.Variable, slots_by_row: set[str]) -> Any:
-        """What tables have to have in common to be updated alike."""
+        """Return what tables must have in common for their rows to be joined."""
         inner = _keras.innermost(self._inner)
         if not _keras.updates_all_alike(inner):
             return None
@@ -278,7 +284,7 @@ class LazyOptimizer(OptimizerWrapper):
     # A step
 
     def _apply(self, grads: list, variables: list | None) -> None:
-        """Let the inner optimizer update the weights, the tables by sampled rows."""
+        """Let the inner optimizer update the weights, and tables by sampled rows."""
         self.refresh_rates()
         weights = variables or _keras.weights(self)
         given = {
@@ -291,16 +297,16 @@ class LazyOptimizer(OptimizerWrapper):
         with self.rows_taken(grads, variables) as sums, self._step():
             updated = update(sums, variables)
         for key, table in self._tables.items():
-            if key not in given:  # that is not a step with a gradient of zeros
+            if key not in given:  # no gradient is not the same as a zero gradient
                 left_out = engine.read_count(table.left_out)
                 engine.write_count(table.left_out, _catch_up.add(left_out, updated))
         updates = _catch_up.add(engine.read_count(self._counter), updated)
         engine.write_count(self._counter, updates)
 
     def refresh_rates(self) -> None:
-        """Take what the inner optimizer's settings say now of its slots.
+        """Update the decay rates from the inner optimizer's current settings.
 
-        Steps that rows missed before count with the old rates.
+        Decay that is still outstanding is applied with the old rates first.
         """
         if not self.built:
             return
@@ -313,20 +319,20 @@ class LazyOptimizer(OptimizerWrapper):
             table.log_rates = log_rates or {}
 
     def _updates(self, table: Table) -> Any:
-        """The number of updates that a table has had so far."""
+        """Return the number of updates that a table has had so far."""
         updates = engine.read_count(self._counter)
         return _catch_up.add(updates, -engine.read_count(table.left_out))
 
     @contextlib.contextmanager
     def rows_taken(self, grads: list, variables: list | None) -> Iterator[list]:
-        """Gradients in the form in which Keras may compute with them, for one step.
+        """Yield gradients in a form that Keras can compute with, for one step.
 
-        Where look-ups are all that the gradient of a table consists of, Keras gets
-        their sums over duplicates, of shape `(look-ups, ...)`: clipping and scaling
-        do to them what they would do to the whole. Which rows they belong to is kept
-        here until `update_step` asks.
+        If the gradient of a table consists only of lookups, Keras gets their sums over
+        duplicates, of shape `(lookups, ...)`. Clipping and scaling have the same effect
+        on these sums as on the whole gradient. The ids of the rows are kept here until
+        `update_step` needs them.
 
-        A LossScaleOptimizer around this one takes rows before it looks at gradients.
+        A LossScaleOptimizer around this one calls this before it checks gradients.
         """
         if self._taken:
             yield grads
@@ -366,7 +372,7 @@ class LazyOptimizer(OptimizerWrapper):
         return not table.every_row
 
     def _uses_whole_gradients(self) -> bool:
-        """Whether Keras computes with the gradients before it updates rows."""
+        """Return whether Keras changes gradients before it updates rows."""
         inner = _keras.innermost(self._inner)
         settings = ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor")
         return (
@@ -376,7 +382,7 @@ class LazyOptimizer(OptimizerWrapper):
         )
 
     def _is_loss_scaled(self) -> bool:
-        """Whether a LossScaleOptimizer stands inside, or around this one."""
+        """Return whether there is a LossScaleOptimizer inside or around this one."""
         outermost = [self, *self.wrappers_around()][-1]
         around = chain(getattr(self._model(), "optimizer", None) or outermost)
         scaling = keras.optimizers.LossScaleOptimizer
@@ -385,16 +391,16 @@ class LazyOptimizer(OptimizerWrapper):
     # Gradient accumulation
 
     def _accumulates(self) -> bool:
-        """Whether gradients are accumulated here, by rows, and not by Keras."""
+        """Return whether this class accumulates gradients by rows, not Keras."""
         return (
             bool(self.gradient_accumulation_steps)
-            and not self.use_ema  # whose averages Keras moves in every step
+            and not self.use_ema  # Keras updates the averages in every step
             and not self._scales_the_loss()
             and engine.num_replicas() == 1
         )
 
     def _accumulate(self, grads: list, variables: list | None) -> Any:
-        """Add gradients to the accumulators; in every n-th step, update with the mean.
+        """Accumulate gradients, and in every n-th step update with their mean.
 
         Returns:
             The number of updates of the weights, 0 or 1.
@@ -436,10 +442,10 @@ class LazyOptimizer(OptimizerWrapper):
         return self._tables[key].accumulator if key in self._tables else None
 
     def _update_with_mean(self, weights: list, sizes: dict) -> None:
-        """One update with the mean of the cycle's gradients, and zeros for the next.
+        """Update with the mean of the accumulated gradients, then clear them.
 
         Args:
-            sizes: for tables that are to be updated by rows, how long the list is.
+            sizes: The length of the list of ids, for tables to update by rows.
         """
         inner, steps = _keras.innermost(self._inner), self.gradient_accumulation_steps
         self._taken.clear()
@@ -468,9 +474,10 @@ class LazyOptimizer(OptimizerWrapper):
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
-        """Take tables over, and their constraints, which Keras applies to every row.
+        """Take over the tables and their constraints for the length of a step.
 
-        While no step runs, model and inner optimizer are what they were.
+        Keras would apply a constraint to every row. Outside of a step, the model and
+        the inner optimizer are unchanged.
         """
         tables = self._tables.values()
         self._steps_running += 1
@@ -490,9 +497,9 @@ class LazyOptimizer(OptimizerWrapper):
         return self._steps_running > 0 and _keras.key(self, variable) in self._tables
 
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """The inner optimizer's step on a table, or on the replica of one.
+        """Make the inner optimizer's step on a table, or on the replica of one.
 
-        It is made when all tables of the replica are here, so that they can be joined.
+        The step waits until all tables of the replica are here, to join their rows.
         """
         key = _keras.key(self, variable)
         if key in self._taken:
@@ -510,12 +517,13 @@ class LazyOptimizer(OptimizerWrapper):
     # Rows that are behind
 
     def catch_up(self) -> None:
-        """Make the slots of every row current, which a step does for its rows only.
+        """Bring the slots of every row up to date.
 
-        Reading `variables` or `inner_optimizer` does it, too, on TensorFlow and torch.
-        It works on the whole of each table. Call it between two calls of `fit`, before
-        the inner optimizer is used without this one, and on JAX before slots are read.
-        Training goes on the same with and without it, but for rounding.
+        A step does this only for the rows that it samples. Call this method between two
+        calls of `fit`: before you use the inner optimizer without its wrapper, and on
+        JAX before you read slots. On TensorFlow and torch, reading `variables` or
+        `inner_optimizer` calls it. It works on the whole of each table. Apart from
+        rounding, it does not change the training.
         """
         for table in self._tables.values():
             updates = self._updates(table)
@@ -550,9 +558,8 @@ class LazyOptimizer(OptimizerWrapper):
         ]
 
     def _make_slots_current(self) -> None:
-        # Not on JAX, where `fit` keeps slots elsewhere. And a file holds them as they
-        # are, so that a run that is saved does not differ, by the rounding of this,
-        # from one that is not.
+        # Not on JAX, where `fit` keeps slots elsewhere. And not for a file, which holds
+        # slots as they are: saving must not change a run, not even by rounding.
         if (
             engine.VARIABLES_HOLD_STATE
             and self.built
@@ -564,12 +571,12 @@ class LazyOptimizer(OptimizerWrapper):
     # Which rows moved
 
     def update_counts(self) -> dict[str, int]:
-        """How many updates each table has had so far, outside of a step."""
+        """Return how many updates each table has had, outside of a step."""
         counts = [int(self._updates(table)) for table in self._tables.values()]
         return dict(zip(self._table_names(), counts, strict=True))
 
     def sampled_shares(self, since: dict[str, int]) -> dict[str, float]:
-        """The share of each table's rows that was sampled after update `since`."""
+        """Return the share of each table's rows sampled after update `since`."""
         shares = {}
         for name, table in zip(self._table_names(), self._tables.values(), strict=True):
             updates = self._updates(table)
@@ -579,7 +586,7 @@ class LazyOptimizer(OptimizerWrapper):
         return shares
 
     def moved_rows(self) -> dict[Any, MovedRows]:
-        if self.ema_overwrite_frequency:  # that moves every row
+        if self.ema_overwrite_frequency:  # averages replace every row
             return {}
         return {
             key: MovedRows(table.last_update, functools.partial(self._updates, table))
@@ -602,13 +609,13 @@ class LazyOptimizer(OptimizerWrapper):
     def _compare(self, numbers: dict[str, float]) -> None:
         stored, own = numbers.get("decays"), self._own_numbers()["decays"]
         if stored is not None and stored != own:
-            for table in self._tables.values():  # from here on slots decay, or stay
+            for table in self._tables.values():  # the new mode applies from here on
                 table.caught_up.assign(self._updates(table))
             old, new = (MOMENTS[1 - int(decays)] for decays in (stored, own))
             warnings.warn(
-                f"The file was saved with moments={old!r}; training goes on with "
-                f"moments={new!r}. To go on as before, make the LazyOptimizer with "
-                f"moments={old!r}.",
+                f"The file was saved with moments={old!r}; training continues with "
+                f"moments={new!r}. To continue as before, create the LazyOptimizer "
+                f"with moments={old!r}.",
                 stacklevel=2,
             )
 
@@ -620,7 +627,7 @@ class LazyOptimizer(OptimizerWrapper):
         return {"embedding_layers": names, "moments": self._moments}
 
 
-_MOMENTS_SAY = "what the slots of rows that were not sampled do"
+_MOMENTS_SAY = "what happens to the slots of rows that were not sampled"
 
 
 def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
@@ -628,7 +635,7 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
         inside = type(optimizer).__name__
         if isinstance(optimizer, LazyOptimizer):
             raise ValueError(
-                "A LazyOptimizer inside a LazyOptimizer has no meaning. Name all "
+                "A LazyOptimizer cannot be inside another LazyOptimizer. List all "
                 "tables in one: LazyOptimizer(Adam(1e-3), embedding_layers=[...])."
             )
         if isinstance(optimizer, OptimizerWrapper):
@@ -638,12 +645,12 @@ def _check_nesting(inner_optimizer: keras.Optimizer) -> None:
             )
         if hasattr(optimizer, "optimizers"):
             raise ValueError(
-                f"LazyOptimizer goes inside {inside}, not around it: give it one "
-                "of the optimizers there, wrapped, for the embedding tables."
+                f"LazyOptimizer goes inside {inside}, not around it: wrap the "
+                "optimizer in it that trains the embedding tables."
             )
         if _keras.is_taken_over(optimizer):
             raise ValueError(
-                f"This {inside} already works inside another LazyOptimizer. "
-                "Give each its own inner optimizer."
+                f"This {inside} is already inside another LazyOptimizer. "
+                "Give each LazyOptimizer its own inner optimizer."
             )
     check_rows_may_rest(_keras.innermost(inner_optimizer))

@@ -1,11 +1,11 @@
-"""How `keras.layers.Embedding` looks up a table that a `LazyOptimizer` trains.
+"""Change how `keras.layers.Embedding` reads a table that a `LazyOptimizer` trains.
 
-Keras reads the whole table and takes rows of that, so the gradient is an array of the
-table's shape (JAX, torch), or the table is copied to be read (TensorFlow). Here the
-rows are read from the table, in a way that lets the optimizer know which.
+Keras reads the whole table and then takes rows of it, so the gradient is an array of
+the table's shape (JAX, torch), or the table is copied (TensorFlow). The lookup here
+reads only the rows, in a way that tells the optimizer which rows they are.
 
-Only tables of a built `LazyOptimizer` are looked up like this, and only in a model
-that has no other optimizer.
+This applies only to tables of a built `LazyOptimizer`, and only in models without
+another optimizer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
 
-# The optimizer that trains a table by rows, by the id of the table's variable. (A
-# Keras variable cannot be a key: it compares by value.)
+# The table and the optimizer that trains it by rows, by the id of the table's variable.
+# (A Keras variable cannot be a key, because it compares by value.)
 _optimizers: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
 
@@ -42,7 +42,7 @@ def _forget(key: int, _: weakref.ref) -> None:
 def _call_by_rows(call: Any) -> Any:
     @functools.wraps(call)
     def call_by_rows(self: keras.layers.Embedding, inputs: Any) -> Any:
-        # A property of a subclass's own may return something else than the table.
+        # A subclass may override this property to return something else.
         is_own = type(self).embeddings is not keras.layers.Embedding.embeddings
         table = None if is_own else _keras.looked_up_table(self)
         if not _is_by_rows(table):
@@ -53,7 +53,7 @@ def _call_by_rows(call: Any) -> Any:
         rows = _keras.with_lora(self, ids, engine.look_up(table, ids))
         return ops.cast(rows, dtype=self.compute_dtype)
 
-    # `functools.wraps` of another library's wrapper around this one copies it, too.
+    # `functools.wraps` copies this attribute to another library's wrapper around this.
     call_by_rows._looks_up_by_rows = True  # type: ignore[attr-defined]
     return call_by_rows
 

@@ -23,7 +23,7 @@ INNER_STATES = ("maintain", "interpolate", "reset")
 
 @dataclass(frozen=True)
 class Sync:
-    """Where fast and slow weights meet after k updates."""
+    """Compute the value that fast and slow weights get after k updates."""
 
     alpha: float
 
@@ -35,16 +35,16 @@ class Sync:
 class Lookahead(OptimizerWrapper):
     r"""Lets an optimizer run k steps ahead, then steps back to slow weights.
 
-    The model holds the fast weights \(\theta\), which the inner optimizer updates;
-    this optimizer keeps the slow weights \(\phi\). Before the first update
-    \(\phi \leftarrow \theta\), and after every k-th
+    The model holds the fast weights \(\theta\), which the inner optimizer updates.
+    Lookahead keeps slow weights \(\phi\). Before the first update,
+    \(\phi \leftarrow \theta\). After every k-th update, a sync follows:
 
     $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad
       \theta \leftarrow \phi.$$
 
-    An update is a step that changes the weights: one that gradient accumulation
-    only stores, or that loss scaling skips, is none. Everything that can be set on
-    a Keras optimizer is set on the inner one.
+    An update is a step that changes the weights. Steps that only accumulate
+    gradients, or that loss scaling skips, do not count. Set the learning rate,
+    clipping, weight decay and other options on the inner optimizer.
 
     Example:
 
@@ -57,22 +57,25 @@ class Lookahead(OptimizerWrapper):
     Lookahead(Adam(learning_rate=0.001), k=5, alpha=0.5, inner_state='maintain')
 
     Args:
-        optimizer: the inner optimizer: a Keras optimizer, its name or its config.
-        k: int, updates between two syncs. Defaults to 5.
-        alpha: float in (0, 1], the step of the slow weights. Defaults to 0.5.
-        inner_state: what a sync does to the slots that the inner optimizer keeps
-            for each weight (momenta, second moments): `"maintain"` leaves them,
-            `"interpolate"` syncs them with a slow copy of their own, with the
-            same `alpha`, `"reset"` gives them their initial value. Counters, and
-            with them schedules and bias correction, go on in all three. Defaults to
-            `"maintain"`.
-        name: name of the optimizer.
+        optimizer: Keras optimizer instance, its name or its config. The inner
+            optimizer.
+        k: Int. The number of updates between two syncs. Defaults to `5`.
+        alpha: Float in (0, 1]. The step of the slow weights toward the fast ones.
+            Defaults to `0.5`.
+        inner_state: `"maintain"`, `"interpolate"` or `"reset"`. What a sync does to
+            the slots that the inner optimizer keeps for each weight, such as Adam's
+            moments. `"maintain"` leaves them unchanged, `"interpolate"` syncs them
+            with slow copies of their own and the same `alpha`, and `"reset"` sets
+            them to their initial value. Step counters continue in all three, and
+            with them schedules and bias correction. Defaults to `"maintain"`.
+        name: String. The name of the optimizer. Defaults to `None`, in which case
+            Keras chooses one.
 
     Raises:
-        TypeError: `optimizer` is no optimizer, or a setting of the inner optimizer
-            was given to `Lookahead`.
-        ValueError: `k`, `alpha` or `inner_state` is out of range; or, in `build`, the
-            inner optimizer's slots are not where `inner_state` looks for them.
+        TypeError: If `optimizer` is not a Keras optimizer, or if an argument of the
+            inner optimizer is passed to `Lookahead`.
+        ValueError: If `k`, `alpha` or `inner_state` is out of range, or, in `build`,
+            if `inner_state` cannot find the inner optimizer's slots.
 
     Reference: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
     1 step back", NeurIPS 2019, arXiv:1907.08610.
@@ -106,7 +109,7 @@ class Lookahead(OptimizerWrapper):
         """Create the inner optimizer's variables and the slow copies.
 
         Args:
-            variables: the model's trainable variables.
+            variables: The trainable variables of the model.
         """
         if self.built:
             return
@@ -115,7 +118,7 @@ class Lookahead(OptimizerWrapper):
         learned = [v for v in variables if not _is_set_by_its_layer(v)]
         innermost = _keras.innermost(self._inner)
         initial_values: list[float] = []
-        if self.inner_state == "reset":  # which not every optimizer knows
+        if self.inner_state == "reset":  # raises for some optimizers
             initial_values = _initial_values(innermost, learned)
         if not self._inner.built:
             self._inner.build(variables)
@@ -123,14 +126,14 @@ class Lookahead(OptimizerWrapper):
         if self.inner_state != "maintain":
             setting = f"inner_state={self.inner_state!r}"
             instead = "inner_state='maintain'"
-            weights = _keras.weights(innermost)  # more, if some are frozen now
+            weights = _keras.weights(innermost)  # more than now, if some are frozen
             _arguments.check_slots_are_known(setting, innermost, weights, instead)
         super().build(variables)
         self._make_slow_copies(learned, initial_values)
 
     @_keras.no_automatic_dependency_tracking
     def _make_slow_copies(self, weights: list, initial_values: list[float]) -> None:
-        # Zeros until the first update runs: only then are the weights known.
+        # These are zeros until the first update, which copies the weights.
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
@@ -165,7 +168,7 @@ class Lookahead(OptimizerWrapper):
         engine.write_count(self._counter, updates)
 
     def _synced_variables(self) -> list[keras.Variable]:
-        """What a back-up or a sync may write."""
+        """Return the variables that a backup or a sync may write."""
         synced = [v for pair in self._pairs + self._slot_pairs for v in pair]
         if self.inner_state == "maintain":
             return synced
@@ -180,10 +183,10 @@ class Lookahead(OptimizerWrapper):
     def _sync(self, is_sync: Any, given: set) -> None:
         """phi := phi + alpha (theta - phi), theta := phi.
 
-        The slow copy of a weight that was left out, such as a frozen one, follows it.
-        A row of a lazy table that did not move has equal fast and slow weights. (Of
-        Lookaheads in each other, each moves rows that are behind those of the others:
-        there it may be any row that ever moved.)
+        If a weight was left out of this update, such as a frozen one, its slow copy is
+        set to its value. Rows of a lazy table that did not move need no sync, because
+        their fast and slow weights are equal. (Nested Lookaheads move rows while the
+        others are in mid-cycle, so each of them syncs every row that ever moved.)
         """
         sync, moved = Sync(self.alpha), self.moved_rows()
         is_nested = self._is_nested()
@@ -206,32 +209,32 @@ class Lookahead(OptimizerWrapper):
             engine.update((slot,), functools.partial(_filled, value))
 
     def updates_in_cycle(self) -> Any:
-        """Number of updates since the last sync, or since the first update."""
+        """Return the number of updates since the last sync, or since the start."""
         return engine.read_count(self._counter) % self.k
 
     def _is_nested(self) -> bool:
-        """Whether there is a Lookahead around this one, or inside."""
+        """Return whether there is a Lookahead around this one or inside it."""
         others = [*self.wrappers_around(), *chain(self._inner)]
         return any(isinstance(other, Lookahead) for other in others)
 
     def distance(self) -> float:
-        """The L2 norm of fast minus slow weights, over all of them."""
+        """Return the L2 norm of the fast minus the slow weights, over all weights."""
         if int(ops.convert_to_numpy(self._counter)) == 0:
             return 0.0
         squares = [_squared_distance(fast, slow) for fast, slow in self._pairs]
         return math.sqrt(sum(squares))
 
     def begin_cycle(self) -> None:
-        """Take the next update for the first, here and inside."""
+        """Make the next update the first of a cycle, here and in wrappers inside."""
         engine.write_count(self._counter, 0)
         super().begin_cycle()
 
     def restart(self) -> None:
-        """Make the next update the first: phi := theta, and a new cycle.
+        """Start a new cycle: the next update takes the slow weights from the model.
 
-        For weights that were replaced in the middle of a cycle (`set_weights`, a
-        callback that restores): otherwise the next sync pulls them toward the slow
-        weights from before.
+        Call this after weights were replaced in the middle of a cycle, for example by
+        `set_weights` or by a callback that restores weights. Otherwise the next sync
+        pulls the new weights toward the old slow weights.
 
         Example:
 
@@ -248,7 +251,7 @@ class Lookahead(OptimizerWrapper):
     def finalize_variable_values(self, var_list: list) -> None:
         """Let the inner optimizer set the weights that training ends on.
 
-        With `use_ema` they are the averages; the next update is then the first.
+        With `use_ema` these are averages. Lookahead then starts a new cycle.
         """
         self._end_interrupted_evaluation()
         super().finalize_variable_values(var_list)
@@ -258,9 +261,9 @@ class Lookahead(OptimizerWrapper):
     def slow_weights(self, model: keras.Model) -> AbstractContextManager[None]:
         """Put the slow weights into the model for the length of a `with` block.
 
-        The fast weights are set aside and come back bit for bit, also after an
-        exception. Before the first update both are the same. Of a model that several
-        optimizers train, the weights of this one are concerned.
+        The fast weights are set aside and restored bit for bit, also after an
+        exception. Before the first update, both are the same. If several optimizers
+        train the model, only the weights of this one are swapped.
 
         Example:
 
@@ -275,23 +278,23 @@ class Lookahead(OptimizerWrapper):
         ...     loss = model.evaluate(x, y, verbose=0)
 
         Args:
-            model: the model that this optimizer trains.
+            model: The model that this optimizer trains.
 
         Raises:
-            ValueError: in the beginning of the block, if the optimizer has not been
-                built for weights of this model.
-            RuntimeError: the model is trained inside of the block.
+            ValueError: At the start of the block, if the optimizer has not been built
+                for weights of this model.
+            RuntimeError: If the model is trained inside the block.
         """
         return SlowWeightsInModel(self, model)
 
     def load_slow_weights(self, model: keras.Model) -> None:
-        """Give the model the slow weights for good.
+        """Assign the slow weights to the model permanently.
 
         Args:
-            model: the model that this optimizer trains.
+            model: The model that this optimizer trains.
 
         Raises:
-            ValueError: the optimizer has not been built for weights of this model.
+            ValueError: If the optimizer has not been built for weights of this model.
         """
         self._check_trains(model)
         self._end_interrupted_evaluation()
@@ -302,7 +305,7 @@ class Lookahead(OptimizerWrapper):
         if int(ops.convert_to_numpy(self._counter)) == 0:
             return
         for fast, slow in self._pairs:
-            # Never one buffer for both: JAX donates it.
+            # Copied, because JAX donates the buffer of each variable.
             fast.assign(ops.copy(slow))
 
     def _end_interrupted_evaluation(self, is_training: bool = False) -> None:
@@ -318,8 +321,8 @@ class Lookahead(OptimizerWrapper):
             _keras.key(self, fast) for fast, _ in self._pairs
         ):
             raise ValueError(
-                f"This Lookahead does not train the model {model.name!r} (yet). "
-                "Compile the model with it, and build or fit the model, first."
+                f"This Lookahead does not train the model {model.name!r}, or not yet. "
+                "Compile the model with it, and build or fit the model first."
             )
 
     def _own_settings(self) -> dict[str, Any]:
@@ -327,12 +330,12 @@ class Lookahead(OptimizerWrapper):
 
 
 def _filled(value: float, slot: Any) -> tuple:
-    # On torch `ops.full_like` would ask the device for the value.
+    # On torch, `ops.full_like` would read the value from the device.
     return (ops.zeros_like(slot) + value,)
 
 
 def _squared_distance(fast: keras.Variable, slow: keras.Variable) -> float:
-    """The sum of squared differences, a part of the rows at a time."""
+    """Return the sum of squared differences, computed for some rows at a time."""
     size, total = max(1, 2**24 // math.prod(fast.shape[1:])), 0.0
     for start in range(0, fast.shape[0] if fast.shape else 1, size):
         part = slice(start, start + size) if fast.shape else ...
@@ -342,9 +345,10 @@ def _squared_distance(fast: keras.Variable, slow: keras.Variable) -> float:
 
 
 def _is_set_by_its_layer(variable: Any) -> bool:
-    """Whether a layer returns a variable's next value as the gradient.
+    """Return whether a layer passes the variable's next value as its gradient.
 
-    Float8 scales are such: measured, not learned, and nothing to average.
+    Float8 scales are such variables. They are measured, not learned, so averaging
+    them makes no sense.
     """
     return getattr(variable, "overwrite_with_gradient", False)
 
@@ -352,10 +356,10 @@ def _is_set_by_its_layer(variable: Any) -> bool:
 def _initial_values(
     optimizer: keras.Optimizer, variables: list[keras.Variable]
 ) -> list[float]:
-    """The constant that each slot of a new optimizer is filled with.
+    """Return the constant that each slot of a new optimizer is filled with.
 
-    The optimizer at hand may have been trained, so a copy of it is built, on
-    small stand-ins of the weights.
+    The given optimizer may have been trained, so this builds a copy of it for small
+    stand-ins of the weights.
     """
     with engine.outside_graph():
         fresh = _keras.fresh_slots(optimizer, variables)
@@ -364,7 +368,7 @@ def _initial_values(
     for slot, array in zip(slots, arrays, strict=True):
         if array.min() != array.max():
             raise ValueError(
-                "inner_state='reset' gives each slot of the inner optimizer the "
+                "inner_state='reset' sets each slot of the inner optimizer to the "
                 f"constant that it starts from, but {slot.path} of "
                 f"{type(optimizer).__name__} starts from the weights. Use "
                 "inner_state='maintain' or 'interpolate'."

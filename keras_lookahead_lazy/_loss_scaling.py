@@ -1,8 +1,8 @@
-"""Loss scaling whose steps cost the rows that they sampled.
+"""Loss scaling whose cost depends on the sampled rows, not on the table.
 
-Keras's `LossScaleOptimizer` tests whole gradients and divides them, and on JAX it
-chooses between old and new tables. With one of this package's optimizers inside, or
-around it, it does the same here with the sums over look-ups, in one decision.
+Keras's `LossScaleOptimizer` checks whole gradients and divides them, and on JAX it
+chooses between old and new tables. If one of this package's optimizers is inside or
+around it, this module does the same with the sums over lookups, in one decision.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def apply(
     variables: list | None,
     written: list,
 ) -> None:
-    """`optimizer.apply`: an update if all gradients are finite, and the next scale.
+    """Update if all gradients are finite, and compute the next scale.
 
     Args:
-        written: variables of the wrappers around it that the update writes.
+        written: Variables of the wrappers around it that the update writes.
     """
     weights = variables or _keras.weights(optimizer)
     with _rows_taken(optimizer, grads, variables) as sums:
@@ -53,9 +53,9 @@ def apply(
 
 
 def _entries(gradient: Any) -> Any:
-    """All that a gradient consists of: of `tf.IndexedSlices`, each of the slices.
+    """Return all entries of a gradient: for `tf.IndexedSlices`, those of every slice.
 
-    Keras would look at one of several slices of a row only.
+    Keras would check only one of several slices of a row.
     """
     values = getattr(gradient, "values", None)
     return gradient if values is None or callable(values) else values

@@ -1,4 +1,4 @@
-"""Optimizers as one would write them. Reads no state but the learning rate."""
+"""Write optimizers as code. Reads no state except the learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNREADABLE = "..."
 
 
 def written(optimizer: keras.Optimizer) -> str:
-    """An optimizer with its learning rate, and what else is not the default."""
+    """Return an optimizer as code, with its learning rate and non-default values."""
     cls = type(optimizer)
     if cls.__repr__ is not object.__repr__:
         return repr(optimizer)
@@ -29,7 +29,7 @@ def written(optimizer: keras.Optimizer) -> str:
 
 
 def call(cls: type, arguments: Mapping[str, Any], *first: str) -> str:
-    """The call of a constructor; the learning rate first among what is named."""
+    """Return the call of a constructor, with the learning rate as first keyword."""
     named = sorted(arguments.items(), key=lambda item: item[0] != "learning_rate")
     return f"{cls.__name__}({', '.join([*first, *(f'{k}={v}' for k, v in named)])})"
 
@@ -39,14 +39,14 @@ def _config(it: Any) -> dict[str, Any]:
         if isinstance(it, keras.Optimizer):
             return _keras.config_without_state(it)
         return it.get_config()
-    except Exception:  # of a user's own class, or where no value can be read
+    except Exception:  # from a user's own class, or because a value cannot be read
         return {}
 
 
 def _differing(cls: type, config: dict[str, Any]) -> dict[str, str]:
-    """What is not the constructor's default, as text.
+    """Return the values that differ from the constructor's defaults, as text.
 
-    But for the name: Keras makes one up where none was given.
+    The name is left out, because Keras invents one if none is given.
     """
     defaults = _defaults(cls)
     return {
@@ -58,7 +58,7 @@ def _differing(cls: type, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """Of the constructor's arguments, and those that it hands on to a base class."""
+    """Return defaults of the constructor's arguments, with those of base classes."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base):
@@ -68,7 +68,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """A setting in a few characters."""
+    """Return a setting as short text."""
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return call(type(value), _differing(type(value), _config(value)))
     if inspect.isroutine(value):
@@ -77,6 +77,6 @@ def _value(value: Any) -> str:
         return repr(value)
     try:
         array = _keras.to_numpy(value)
-    except Exception:  # a value that a trace has, or that a step has taken away
+    except Exception:  # a traced value, or one that a step has donated
         return _UNREADABLE
     return str(array[()]) if array.ndim == 0 else f"<array of shape {array.shape}>"

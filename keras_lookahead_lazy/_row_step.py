@@ -1,4 +1,4 @@
-"""One step of the inner optimizer, on some rows of a table."""
+"""Make one step of the inner optimizer on some rows of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_lookahead_lazy._accumulation import RowAccumulator
 from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import where
 
-# Fewer tables have their steps one by one: to join their rows copies them.
+# With fewer tables, each has its own step, because joining rows copies them.
 TABLES_TO_JOIN = 4
 
 
@@ -23,22 +23,23 @@ class Table:
     """An embedding table and what is kept for it.
 
     Attributes:
-        variable: the table, of shape `(vocabulary, ...)`.
-        slots: the inner optimizer's slots for it, by name.
-        slots_by_row: the names of those that have an entry for each row.
-        kind: equal for tables whose rows the inner optimizer updates alike, so that
-            they can be joined; `None` if it may tell tables apart.
-        log_rates: logarithm of each slot's decay in a step without gradient; empty
-            where that is not known, so that each step has to work on every row.
-        last_update: int variable of shape `(vocabulary,)`, see `_catch_up`.
-        caught_up: int scalar variable, likewise.
-        left_out: int scalar variable, the number of updates without a gradient for
-            this table, which are no updates of it.
-        reason: why each step has to work on every row, or `None`.
-        accumulator: for gradient accumulation by rows.
-        form: how the last step was computed; empty before the first.
-        has_warned: whether the user knows that steps pass over the whole table.
-        constraint: the table's, which has none while a step runs.
+        variable: The table, of shape `(vocabulary, ...)`. slots: The inner optimizer's
+        slots for the table, by name. slots_by_row: The names of the slots that have one
+        entry per row. kind: Equal for tables whose rows the inner optimizer updates in
+        the same way, so
+            that they can be joined. `None` if it may treat tables differently.
+        log_rates: The logarithm of each slot's decay factor in a step without gradient.
+            Empty if it is not known, so that each step has to work on every row.
+        last_update: Int variable of shape `(vocabulary,)`, see `_catch_up`.
+        caught_up: Int scalar variable, see `_catch_up`.
+        left_out: Int scalar variable, the number of updates that had no gradient for
+            this table. They do not count as updates of the table.
+        reason: Why each step has to work on every row, or `None`.
+        accumulator: For gradient accumulation by rows.
+        form: How the last step was computed. Empty before the first step.
+        has_warned: Whether the user has been warned about steps on the whole table.
+        constraint: The table's constraint, saved here because it is removed from the
+            variable during a step.
     """
 
     variable: keras.Variable
@@ -57,7 +58,7 @@ class Table:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The table and what has an entry for each of its rows."""
+        """The table, and the variables that have one entry per row of it."""
         return [self.variable, self.last_update, *self.slots.values()]
 
     @property
@@ -66,19 +67,19 @@ class Table:
         return self.reason is not None
 
     def may_join(self) -> bool:
-        """Whether a step may join rows of this table with those of others."""
+        """Return whether a step may join rows of this table with those of others."""
         return not (self.kind is None or self.every_row or self.constraint is not None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a step does to one table.
+    """The part of a step that concerns one table.
 
     Attributes:
-        table: the table.
-        replica: the table's variable, or the replica of it that is being updated.
-        gradient: of the table; dense, sparse or a `RowGradient`.
-        updates: the number of the table's updates before this one.
+        table: The table.
+        replica: The variable of the table, or the replica of it that is being updated.
+        gradient: The gradient of the table: dense, sparse or a `RowGradient`.
+        updates: The number of updates of the table before this one.
     """
 
     table: Table
@@ -88,21 +89,21 @@ class Part:
 
     @property
     def stored(self) -> list:
-        """Of the same replica, the table and what is kept for it."""
+        """The table and its other variables, all of the same replica."""
         return [engine.replica(v, self.replica) for v in self.table.variables]
 
 
 def step(
     parts: Sequence[Part], learning_rate: Any, optimizer: keras.Optimizer, decays: bool
 ) -> None:
-    """The inner optimizer's own step, on the sampled rows of some tables.
+    """Make the inner optimizer's own step on the sampled rows of some tables.
 
-    Rows of tables that may be joined are one tensor for it. A model with 26 tables
-    would otherwise be compiled, or run operation by operation, 26 times.
+    Rows of tables that may be joined form one tensor. Otherwise the step would be
+    compiled, or run operation by operation, 26 times for a model with 26 tables.
 
     Args:
-        optimizer: the inner optimizer.
-        decays: whether slots of rows that were not sampled decay, or stay.
+        optimizer: The inner optimizer.
+        decays: Whether the slots of rows that were not sampled decay.
     """
     groups: dict[Any, list[Part]] = {}
     for part in parts:
@@ -123,7 +124,7 @@ def _step_on(
 
     def step_on(rows: _SampledRows) -> None:
         if rows.is_empty:
-            return  # Keras on TensorFlow cannot add where there are no rows
+            return  # Keras on TensorFlow cannot add tensors without rows
         if decays and table.log_rates:
             rows.catch_up()
         rows.note_update()
@@ -151,10 +152,10 @@ def _step_on(
 
 
 class _SampledRows:
-    """The rows that a step works on, read once: of tables and what is kept for them.
+    """The rows that a step works on, of tables and their variables, read once.
 
-    Where a step works on the whole table, the rows that were not sampled keep their
-    values all the same; only slots that decay do so in every row.
+    If the step works on a whole table, rows that were not sampled still keep their
+    values. Only decaying slots change in every row.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class _SampledRows:
         }
 
     def _with_whole_tables(self, sampled: Any) -> Any:
-        """The same, and every row of a table that is taken whole; `None` if all."""
+        """Add every row of the tables that are updated as a whole; `None` if all."""
         are_whole = [indices is None for indices in self._indices]
         if not any(are_whole):
             return sampled
@@ -191,7 +192,7 @@ class _SampledRows:
         return sampled | _joined(fills)
 
     def _find(self) -> tuple[list, Any]:
-        """The rows of one table.
+        """Find the rows of one table.
 
         Returns:
             The values there of each stored variable, a list for each; and which of
@@ -208,7 +209,7 @@ class _SampledRows:
         return [[value] for value in values], rows.sampled
 
     def _find_joined(self) -> tuple[list, Any]:
-        """The rows of several, with the idle ones."""
+        """Find the rows of several tables, idle rows included."""
         found = [
             engine.rows_to_join(part.gradient, stored[0])
             for part, stored in zip(self._parts, self._stored, strict=True)
@@ -223,18 +224,18 @@ class _SampledRows:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no rows, where that is known before the step runs."""
+        """Whether there are no rows, if that is known before the step runs."""
         return all(i is not None and i.shape[0] == 0 for i in self._indices)
 
     def _of_each_table(self, numbers: Sequence[Any]) -> Any:
-        """A number of each table, for each of its rows; of one table, the number."""
+        """Repeat each table's number for its rows. With one table, return it."""
         if len(numbers) == 1:
             return numbers[0]
         pairs = zip(numbers, self._last_updates, strict=True)
         return _joined([number + ops.zeros_like(rows) for number, rows in pairs])
 
     def catch_up(self) -> None:
-        """Let slots decay by the steps that their rows missed."""
+        """Apply the decay that rows missed before this update."""
         counters = [
             engine.replica(part.table.caught_up, part.replica) for part in self._parts
         ]
@@ -249,7 +250,7 @@ class _SampledRows:
                 engine.write_count(counter, _catch_up.add(part.updates, 1))
 
     def note_update(self) -> None:
-        """Make this update the last one that moved the rows."""
+        """Record this update as the last one that moved the rows."""
         now = [_catch_up.add(part.updates, 1) for part in self._parts]
         zeros = ops.zeros_like(self.last_update.value)
         self.last_update.assign(self._of_each_table(now) + zeros)
@@ -275,17 +276,18 @@ def _joined(tensors: Sequence[Any]) -> Any:
 class RowView(_keras.UnstoredVariable):
     """Some rows of a variable, read once, that behave like a variable.
 
-    An optimizer's `update_step` reads and assigns it as it would the whole; the
-    variable itself does not change until its rows are written back.
+    An optimizer's `update_step` reads and assigns this as it would the whole variable.
+    The variable itself does not change until the rows are written back.
 
     Args:
-        rows: tensor of shape `(n, ...)`, the rows' values.
-        variable: the Keras variable they are rows of, for name and dtype.
-        sampled: bool tensor of shape `(n,)`, the rows that may change; the others
-            keep their values, bit for bit. `None` if all may.
-        late: whether they do so in `masked` only, and not in every assignment, which
-            lets XLA update a table in place: an optimizer whose step looks across
-            rows has to see them as without a mask until then.
+        rows: Tensor of shape `(n, ...)`, the values of the rows.
+        variable: The Keras variable that they are rows of, for name and dtype.
+        sampled: Bool tensor of shape `(n,)`, the rows that may change. The others keep
+            their values, bit for bit. `None` if all rows may change.
+        late: Whether to mask only in `masked()` rather than on every assignment.
+            Masking on every assignment lets XLA update a table in place. But an
+            optimizer whose step looks across rows must see unmasked values until the
+            step is complete.
     """
 
     def __init__(
@@ -302,7 +304,7 @@ class RowView(_keras.UnstoredVariable):
         return self.value
 
     def masked(self) -> RowView:
-        """This, with the rows that may not change as they were."""
+        """Return this, with the rows that may not change restored."""
         if self._late:
             self._keep_others()
         return self

@@ -1,4 +1,4 @@
-"""The slow weights in a model for a while, and the fast ones back."""
+"""Put the slow weights into a model for a while, then restore the fast ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from keras import ops
 
 from keras_lookahead_lazy._backend import engine
 
-# A `with` block always ends; an `evaluate` that is interrupted tells no callback. So
-# the fast weights come back with what is done next, through the model's methods below,
-# whose names on this one model lead here while it holds slow weights, or through the
-# Lookahead (`apply`, `slow_weights`, the end of `fit`). `call` stands for `model(x)`,
-# `get_config` for `save`. Out of reach are variables that are read one by one and, in a
-# loop of the user's own, a step that was compiled before.
+# A `with` block always ends, but Keras does not tell a callback that an `evaluate` was
+# interrupted. So the fast weights are restored by the next use of the model: while a
+# model holds slow weights, the methods below are replaced on this model, and they
+# restore the fast weights first. Lookahead does the same in `apply`, `slow_weights` and
+# at the end of `fit`. `call` covers `model(x)`, and `get_config` covers `save`. Two
+# uses cannot be caught: variables that are read one by one, and a step that was
+# compiled before, in a loop of the user's own.
 TRAINING = ("fit", "train_on_batch")
 OTHER_USES = (
     "call",
@@ -38,15 +39,16 @@ OTHER_USES = (
 
 
 class SlowWeightsInModel(AbstractContextManager):
-    """Puts the slow weights into the model, and the fast weights back.
+    """Puts the slow weights into the model, and restores the fast weights.
 
-    Where they are in the model already, it changes nothing.
+    If the model holds the slow weights already, this changes nothing.
 
     Args:
-        lookahead: has the slow weights; its `_slow_weights_in` is this, meanwhile.
-        model: the model that it trains.
-        evaluation: the frame of the `evaluate` or `predict` that wants the slow weights
-            as long as it runs; `None` for a `with` block.
+        lookahead: The Lookahead that has the slow weights. Its `_slow_weights_in` is
+            this object meanwhile.
+        model: The model that it trains.
+        evaluation: The frame of the `evaluate` or `predict` that needs the slow weights
+            while it runs, or `None` for a `with` block.
     """
 
     def __init__(
@@ -77,14 +79,14 @@ class SlowWeightsInModel(AbstractContextManager):
             self.end()
 
     def end(self) -> None:
-        """Put the fast weights back; once more, if that was interrupted."""
+        """Restore the fast weights. If this is interrupted, call it again."""
         self._is_open = False
         with engine.outside_graph():
             if engine.is_recording():
                 raise RuntimeError(
                     "The model holds its slow weights: an evaluation with SlowWeights "
-                    "was interrupted. Call model.get_weights() once, which puts the "
-                    "fast weights back, before the step collects its weights."
+                    "was interrupted. Call model.get_weights() once, before the step "
+                    "collects its weights. That restores the fast weights."
                 )
             engine.store_state(self._model)
             pairs = self._lookahead._pairs
@@ -96,17 +98,17 @@ class SlowWeightsInModel(AbstractContextManager):
         vars(self._model).update(self._hidden)
 
     def is_running(self) -> bool:
-        """Whether the block, or the evaluation, has not ended yet."""
+        """Return whether the block or the evaluation is still running."""
         frame = inspect.currentframe()
         while self.evaluation and frame and frame is not self.evaluation:
             frame = frame.f_back
         return self._is_open and frame is not None
 
     def before_use(self, is_training: bool = False) -> None:
-        """End what was interrupted.
+        """Restore the fast weights if the block or evaluation was interrupted.
 
         Raises:
-            RuntimeError: nothing was interrupted, and this is training.
+            RuntimeError: If it is still running and the model is to be trained.
         """
         if not self.is_running():
             self.end()
@@ -114,8 +116,8 @@ class SlowWeightsInModel(AbstractContextManager):
             raise RuntimeError(
                 "The model holds its slow weights, in a block "
                 "`with lookahead.slow_weights(model)` or an evaluation with "
-                "SlowWeights. What is trained there would be lost when the fast "
-                "weights come back. Train before or after it."
+                "SlowWeights. Training here would be lost when the fast weights are "
+                "restored. Train before or after it."
             )
 
     def _guard_methods(self) -> None:

@@ -1,4 +1,4 @@
-"""Which of a model's weights are embedding tables."""
+"""Find the embedding tables among a model's weights."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import keras
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._arguments import shown
 
-# What `keras.layers.Embedding` calls its table, and the factor of it that has a
-# row for each token when LoRA is enabled.
+# The names that `keras.layers.Embedding` gives to its table and, with LoRA, to the
+# factor of the table that has one row per token.
 TABLE_NAMES = ("embeddings", "lora_embeddings_a")
 
 Source: TypeAlias = keras.layers.Layer | keras.Variable | str
 
 
 def check_sources(sources: Any) -> list[Source] | None:
-    """The user's `embedding_layers`, or an error that says what to write instead."""
+    """Return `embedding_layers` as a list, or raise an error with advice."""
     if sources is None:
         return None
     if isinstance(sources, (str, keras.Variable, keras.layers.Layer)) or not isinstance(
         sources, Sequence
     ):
         raise TypeError(
-            "`embedding_layers` is a list of Embedding layers, variables or names, "
-            f"or None for every Embedding layer. Received: {shown(sources)} of type "
-            f"{type(sources).__name__}. Write embedding_layers=[...]."
+            "`embedding_layers` must be a list of Embedding layers, variables or "
+            f"names, or None for every Embedding layer. Received: {shown(sources)} of "
+            f"type {type(sources).__name__}. Write embedding_layers=[...]."
         )
     if not sources:
         raise ValueError(
@@ -40,8 +40,8 @@ def check_sources(sources: Any) -> list[Source] | None:
             continue
         if isinstance(source, keras.Model):
             raise ValueError(
-                f"`embedding_layers` takes layers; {source.name!r} is a model. Pass "
-                "None for every Embedding layer in it, or "
+                f"`embedding_layers` takes layers, but {source.name!r} is a model. "
+                "Pass None for every Embedding layer in it, or "
                 "[model.get_layer(name), ...]."
             )
         if isinstance(source, keras.layers.Layer):
@@ -54,7 +54,7 @@ def check_sources(sources: Any) -> list[Source] | None:
             if len(source.shape) < 2:
                 raise ValueError(
                     f"Variable {source.path!r} in `embedding_layers` has shape "
-                    f"{tuple(source.shape)}; a table has at least two dimensions."
+                    f"{tuple(source.shape)}; a table needs at least two dimensions."
                 )
         elif not isinstance(source, str):
             raise TypeError(
@@ -70,18 +70,19 @@ def find_tables(
     variables: list[keras.Variable],
     weights: list[keras.Variable],
 ) -> tuple[list[keras.Variable], list[str]]:
-    """The tables among the weights to train.
+    """Find the tables among the weights to train.
 
     Args:
-        variables: the weights to train.
-        weights: all weights of the model, where it is known.
+        sources: The user's `embedding_layers`.
+        variables: The weights to train.
+        weights: All weights of the model, if the model is known.
 
     Returns:
-        The tables, and names of the sources (all where they are `None`) whose tables
-        are frozen.
+        The tables, and the names of sources whose tables are frozen. If `sources` is
+        `None`, these are all frozen tables, provided that no table is trainable.
 
     Raises:
-        ValueError: a source is neither, or there is no table at all.
+        ValueError: If a source is neither a table nor frozen, or if there is no table.
     """
     frozen = [weight for weight in weights if not _is_in(weight, variables)]
     if sources is None:
@@ -106,7 +107,7 @@ def find_tables(
 
 
 def _is_frozen(source: Source, variables: list, frozen: list) -> bool:
-    """Whether a source stands for a table that is not to be trained now."""
+    """Return whether a source stands for a table that is frozen."""
     if isinstance(source, keras.Variable):
         return not _is_in(source, variables) and (
             not source.trainable or _is_in(source, frozen)
@@ -190,17 +191,18 @@ def _tables_of(source: Source, variables: list[keras.Variable]) -> list[keras.Va
         raise ValueError(
             f"Layer {source.name!r} in `embedding_layers` has no table among the "
             "trainable variables: it is not part of this model, or it is frozen. "
-            f"Trainable are: {_listing(variables)}."
+            f"The trainable variables are: {_listing(variables)}."
         )
     return tables
 
 
 def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
-    """The one variable that `name` stands for: its path, its layer's, or an end.
+    """Return the one variable whose path, or whose layer's path, `name` matches.
 
     Paths are not stable: the `net/words/embeddings` of a Sequential is
-    `words/embeddings` once the model has been loaded. So either may be the longer,
-    and two paths may have become one; `path:3` then means the one in position 3.
+    `words/embeddings` once the model has been loaded. So a match at the end is enough,
+    and either of the two may be longer. If two paths have become equal, `path:3` means
+    the variable at position 3.
     """
     position = ""
     if re.search(r":\d+$", name):  # a layer's name may have a colon, too
@@ -216,19 +218,19 @@ def _named(name: str, variables: list[keras.Variable]) -> keras.Variable:
             break
         if matches:
             raise ValueError(
-                f"The name {name!r} in `embedding_layers` fits several variables: "
+                f"The name {name!r} in `embedding_layers` matches several variables: "
                 f"{_listing(matches)}. Write the whole path of one."
             )
     else:
         raise ValueError(
-            f"The name {name!r} in `embedding_layers` fits no trainable variable. "
-            f"There are: {_listing(variables)}."
+            f"The name {name!r} in `embedding_layers` matches no trainable variable. "
+            f"The trainable variables are: {_listing(variables)}."
         )
     if len(matches[0].shape) < 2 or not (
         _is_table(matches[0]) or matches[0].name == name.split("/")[-1]
     ):
         raise ValueError(
-            f"The name {name!r} in `embedding_layers` is no embedding table but "
+            f"The name {name!r} in `embedding_layers` is not an embedding table but "
             f"{_listing(matches)}."
         )
     return matches[0]

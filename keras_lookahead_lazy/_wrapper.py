@@ -1,4 +1,4 @@
-"""What any wrapper of an inner Keras optimizer needs. Knows neither algorithm."""
+"""Base class for a wrapper of an inner Keras optimizer; knows neither algorithm."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from keras_lookahead_lazy._keras import chain
 
 
 def _setting(name: str) -> Any:
-    """A property that reads and writes the inner optimizer's attribute."""
+    """Return a property that reads and writes the inner optimizer's attribute."""
 
     def read(self: OptimizerWrapper) -> Any:
         return getattr(self._inner, name)
 
     def write(self: OptimizerWrapper, value: Any) -> None:
         # The base class's `__init__` sets its defaults before there is an inner
-        # optimizer; they are not meant for that one.
+        # optimizer. They are not meant for the inner optimizer.
         if "inner_optimizer" in vars(self):
             setattr(self._inner, name, value)
 
     return property(read, write, doc=f"`{name}` of the inner optimizer.")
 
 
-# Of the state in a file. Version 0.1 wrote none, which counts as 1.
+# The format of the state in a file. Version 0.1 wrote no number, which counts as 1.
 FORMAT = 2
 
 
 class OptimizerWrapper(keras.Optimizer):
-    """An optimizer that lets another one compute the updates.
+    """An optimizer that lets another optimizer compute the updates.
 
     Args:
-        optimizer: a Keras optimizer, its name, or its config: the inner one.
-        name: name of the wrapper.
-        misplaced: keyword arguments that a user meant for the inner optimizer.
+        optimizer: Keras optimizer instance, its name or its config: the inner one.
+        name: The name of the wrapper.
+        misplaced: Keyword arguments that the wrapper does not have.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class OptimizerWrapper(keras.Optimizer):
         _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
         _arguments.refuse(misplaced, type(self), _keras.innermost(inner_optimizer))
-        # A callable, so that the base class makes no learning rate of its own.
+        # With a callable, the base class creates no variable for a learning rate.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
         if (inside := self._wrapper_inside()) is not None:
@@ -77,15 +77,16 @@ class OptimizerWrapper(keras.Optimizer):
         return vars(self).get("inner_optimizer")
 
     def _make_slots_current(self) -> None:
-        """Called before somebody may read slots."""
+        """Bring slots up to date; called before they may be read."""
 
-    # What the constructor fixes: slots, slow copies and compiled steps depend on it.
+    # Attributes that only the constructor sets: variables and compiled steps depend on
+    # them.
     _fixed: tuple[str, ...] = ("inner_optimizer",)
-    # Whether the optimizer around this has warned about the file being loaded.
+    # Whether the wrapper around this one has warned about the file being loaded.
     _is_told: bool = False
-    # The model that was compiled with this optimizer last, if it is still there.
+    # Returns the model that was last compiled with this optimizer, if it is alive.
     _model: Callable[[], keras.Model | None] = staticmethod(lambda: None)
-    # The wrapper that this one was put into last, if it is still there.
+    # Returns the wrapper that this one was last put into, if it is alive.
     _around: Callable[[], OptimizerWrapper | None] = staticmethod(lambda: None)
 
     weight_decay = _setting("weight_decay")
@@ -96,7 +97,7 @@ class OptimizerWrapper(keras.Optimizer):
     ema_momentum = _setting("ema_momentum")
     ema_overwrite_frequency = _setting("ema_overwrite_frequency")
     gradient_accumulation_steps = _setting("gradient_accumulation_steps")
-    # `keras.callbacks.SwapEMAWeights` looks for this.
+    # `keras.callbacks.SwapEMAWeights` reads this.
     _model_variables_moving_average = _setting("_model_variables_moving_average")
 
     @property
@@ -109,7 +110,7 @@ class OptimizerWrapper(keras.Optimizer):
         if "inner_optimizer" not in vars(self):
             return
         if self._scales_the_loss():
-            # keras.optimizers.LossScaleOptimizer sets it on what it wraps.
+            # A `LossScaleOptimizer` sets this on the optimizer that it wraps.
             raise ValueError(
                 f"The optimizer inside this {type(self).__name__} is a "
                 "LossScaleOptimizer already, and a loss must not be scaled twice. "
@@ -122,11 +123,11 @@ class OptimizerWrapper(keras.Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed and name in vars(self):
             raise AttributeError(
-                f"`{name}` is fixed by the constructor. Build a new optimizer, "
+                f"`{name}` is fixed by the constructor. Create a new optimizer, "
                 f"{type(self).__name__}(...), and compile the model with it."
             )
-        # Keras on TensorFlow assigns nothing where the value is there already; the
-        # setter above has to see that, too.
+        # Keras on TensorFlow skips the assignment of an equal value, but the setter
+        # above has to see it.
         if name == "loss_scale_factor":
             OptimizerWrapper.loss_scale_factor.fset(self, value)  # type: ignore
         else:
@@ -148,12 +149,12 @@ class OptimizerWrapper(keras.Optimizer):
         _keras.register_weights(self, variables)
 
     def apply(self, grads: list, trainable_variables: list | None = None) -> None:
-        """Let the inner optimizer update the weights, as this wrapper wants it.
+        """Update the weights with the inner optimizer, as this wrapper requires.
 
         Args:
-            grads: a gradient for each variable, or `None`. Without any gradient this
-                is no update, as with Keras's own optimizers.
-            trainable_variables: the variables; by default those of `build`.
+            grads: List with one gradient per variable, or `None` for a variable without
+                one. An empty list is ignored, as in Keras's own optimizers.
+            trainable_variables: List of variables. Defaults to those of `build`.
         """
         if isinstance(grads, (list, tuple)) and len(grads) == 0:
             return
@@ -161,12 +162,12 @@ class OptimizerWrapper(keras.Optimizer):
             trainable_variables = _arguments.check_weights(trainable_variables)
         elif not self.built:
             raise ValueError(
-                "The optimizer is not built and got gradients without variables. "
-                "Call optimizer.build(model.trainable_variables) first, or pass "
-                "the variables along with the gradients."
+                "The optimizer is not built, and it received gradients without "
+                "variables. Call optimizer.build(model.trainable_variables) first, or "
+                "pass the variables together with the gradients."
             )
         weights = trainable_variables or _keras.weights(self)
-        if not self.has_taken_rows():  # which have other shapes
+        if not self.has_taken_rows():  # row gradients have other shapes
             _arguments.check_gradients(grads, weights)
         self.build(weights)
         self._check_known(weights, self)
@@ -181,7 +182,7 @@ class OptimizerWrapper(keras.Optimizer):
             cls = type(self).__name__
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for no "
-                "weights, as Keras does when it loads a whole model from an old .h5 "
+                "weights. Keras does that when it loads a whole model from an old .h5 "
                 f"file. Compile the model with a new {cls}(...), and save it with "
                 "model.save('model.keras')."
             )
@@ -189,30 +190,34 @@ class OptimizerWrapper(keras.Optimizer):
             paths = ", ".join(_keras.path(variable) for variable in unknown)
             raise ValueError(
                 f"{type(optimizer).__name__} {optimizer.name!r} was built for other "
-                f"weights; it does not know {paths}. One optimizer trains one model: "
-                f"give each its own {type(self).__name__}(...), and a new one to a "
-                "model that has got new weights, or unfrozen ones, since."
+                f"weights and does not know {paths}. One optimizer trains one model: "
+                f"give each model its own {type(self).__name__}(...). A model with "
+                "new weights, or newly unfrozen ones, needs a new one."
             )
 
     def stateless_apply(
         self, optimizer_variables: list, grads: list, trainable_variables: list
     ) -> tuple[list, list]:
-        """`apply` on values. Whose they are only the model in training tells."""
+        """Apply gradients to values instead of variables.
+
+        Values do not show which weights they belong to, so this checks the model that
+        is being trained.
+        """
         weights = getattr(_keras.training_model(), "trainable_variables", [])
         if self.built and len(weights) == len(trainable_variables):
             self._check_known(weights, self)
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def _apply(self, grads: list, variables: list | None) -> None:
-        """One step. The optimizer is built, and there is a gradient at least."""
+        """Make one step. The optimizer is built and there is at least one gradient."""
         raise NotImplementedError
 
     def _apply_inner(self, grads: list, variables: list | None) -> Any:
-        """Let the inner optimizer work.
+        """Let the inner optimizer make its step.
 
         Returns:
-            The number of updates of the weights: 1, or 0 where gradient
-            accumulation only stored the gradients or loss scaling skipped them.
+            The number of updates of the weights: 1, or 0 if gradient accumulation only
+            stored the gradients or loss scaling skipped them.
         """
         optimizer, written = self._inner, super().variables
         if not self.gradient_accumulation_steps and not self._scales_the_loss():
@@ -224,52 +229,52 @@ class OptimizerWrapper(keras.Optimizer):
             _loss_scaling.apply(optimizer, grads, variables, written)
         else:
             engine.apply(optimizer, grads, variables, written)
-        # Keras's counter wraps around at 2 ** 31 on JAX and torch; the parity does not.
+        # On JAX and torch, Keras's counter wraps around at 2**31. Its parity is right.
         return (self._inner_updates() - before) % 2
 
     def _inner_updates(self) -> Any:
-        """The inner optimizer's `iterations`, of which the host may keep a copy."""
+        """Return the inner optimizer's `iterations`; the host may keep a copy."""
         calls = engine.read_count(_keras.counter(_keras.innermost(self._inner)))
         return calls // (self.gradient_accumulation_steps or 1)
 
-    # What a wrapper tells the one around it of rows and slots. This one asks the next
-    # wrapper inside.
+    # What a wrapper tells the wrapper around it about rows and slots. By default, these
+    # methods ask the next wrapper inside.
 
     def _wrapper_inside(self) -> OptimizerWrapper | None:
         inside = chain(self._inner)
         return next((o for o in inside if isinstance(o, OptimizerWrapper)), None)
 
     def wrappers_around(self) -> list[OptimizerWrapper]:
-        """The wrappers that this one is inside of, the next one first."""
+        """Return the wrappers around this one, the nearest first."""
         around = self._around()
         return [] if around is None else [around, *around.wrappers_around()]
 
     def moved_rows(self) -> dict[Any, MovedRows]:
-        """Which rows of lazy tables moved lately, by the tables' keys."""
+        """Return which rows of lazy tables moved recently, by the tables' keys."""
         inside = self._wrapper_inside()
         return {} if inside is None else inside.moved_rows()
 
     def has_taken_rows(self) -> bool:
-        """Whether gradients of tables are sums over look-ups in the step that runs."""
+        """Return whether the running step has gradients that are sums over lookups."""
         inside = self._wrapper_inside()
         return inside is not None and inside.has_taken_rows()
 
     def refresh_rates(self) -> None:
-        """Called where settings of the inner optimizer may have changed."""
+        """Adapt to settings of the inner optimizer that may have changed."""
 
     def catch_up(self) -> None:
-        """Make the slots of every row current."""
+        """Bring the slots of every row up to date."""
         inside = self._wrapper_inside()
         if inside is not None:
             inside.catch_up()
 
     def variables_behind(self) -> list[keras.Variable]:
-        """What `catch_up` may write."""
+        """Return the variables that `catch_up` may write."""
         inside = self._wrapper_inside()
         return [] if inside is None else inside.variables_behind()
 
     def begin_cycle(self) -> None:
-        """Take the next update for the first of a cycle."""
+        """Make the next update the first of a cycle."""
         inside = self._wrapper_inside()
         if inside is not None:
             inside.begin_cycle()
@@ -298,7 +303,7 @@ class OptimizerWrapper(keras.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """Learning rate of the inner optimizer; assign to it to change that."""
+        """Learning rate of the inner optimizer. You can assign to it."""
         return self._inner.learning_rate
 
     @learning_rate.setter
@@ -312,7 +317,7 @@ class OptimizerWrapper(keras.Optimizer):
         self._inner.exclude_from_weight_decay(var_list, var_names)
 
     def scale_loss(self, loss: Any) -> Any:
-        """Scale the loss as the inner optimizer asks for."""
+        """Scale the loss as the inner optimizer requires."""
         return self._inner.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: list) -> None:
@@ -320,7 +325,7 @@ class OptimizerWrapper(keras.Optimizer):
         self._inner.finalize_variable_values(var_list)
         if self.use_ema:
             for variable in var_list:
-                # Not in one buffer with the average: JAX donates each but once.
+                # Copied, because JAX can donate the average's buffer only once.
                 variable.assign(ops.copy(variable))
 
     def set_weights(self, weights: list) -> None:
@@ -345,13 +350,13 @@ class OptimizerWrapper(keras.Optimizer):
         for variable, weight in zip(variables, weights, strict=True):
             variable.assign(weight)
 
-    # Keras saves the inner optimizer as a child of its own, so only what belongs
-    # to the wrapper is stored with it: its variables, by number, and its numbers.
+    # Keras saves the inner optimizer separately, so a wrapper stores only its own
+    # variables, by number, and its own numeric arguments.
 
     def __dir__(self) -> list[str]:
-        """Public names only: Keras loads every optimizer that it finds here.
+        """List public names only, because Keras loads every optimizer that it finds.
 
-        It would find the inner one a second time under a private name.
+        It would find the inner optimizer a second time under a private name.
         """
         names = super().__dir__()
         return [n for n in names if n.startswith("__") or not n.startswith("_")]
@@ -365,11 +370,11 @@ class OptimizerWrapper(keras.Optimizer):
             store[name] = fact
 
     def _saved_facts(self) -> dict[str, np.ndarray]:
-        """What a file has to agree with, beside the shapes, to be loaded."""
+        """Return what a file must agree with, besides shapes, to be loaded."""
         return {"format": np.asarray(FORMAT)}
 
     def _own_numbers(self) -> dict[str, float]:
-        """The arguments of the constructor that are numbers."""
+        """Return the constructor's arguments that are numbers."""
         settings = self._own_settings().items()
         return {n: value for n, value in settings if isinstance(value, int | float)}
 
@@ -377,10 +382,10 @@ class OptimizerWrapper(keras.Optimizer):
         """Load what `save_own_variables` stored: all of it, or nothing.
 
         If another optimizer or model was saved, or a part is missing, this warns, as
-        Keras's optimizers do, and starts anew: the next update is its first, and that
-        of the wrappers around it. It starts anew without a warning if the optimizer
-        that was saved had not been built. If Keras is going to reject the file (it
-        raises later), nothing is loaded.
+        Keras's optimizers do. The wrapper then starts from the beginning: the next
+        update is its first, and also that of the wrappers around it. If the saved
+        optimizer had not been built, it does the same without a warning. If Keras is
+        going to reject the file (it raises later), nothing is loaded.
         """
         if not self.built or _keras.is_refusing_a_file():
             return
@@ -397,11 +402,11 @@ class OptimizerWrapper(keras.Optimizer):
         was_built = [stored[name].shape for name in names] != [()]
         if was_built and not self._is_told:
             warnings.warn(
-                f"The file holds no state for the optimizer {self.name!r} as it is: "
-                f"{problem} {type(self).__name__} starts anew.",
+                f"The file holds no state that the optimizer {self.name!r} can use: "
+                f"{problem} {type(self).__name__} starts from the beginning.",
                 stacklevel=2,
             )
-            for optimizer in chain(self)[1:]:  # which Keras loads next
+            for optimizer in chain(self)[1:]:  # Keras loads these next
                 optimizer.__dict__["_is_told"] = True
         self._is_told = False
         for variable in variables:
@@ -413,18 +418,18 @@ class OptimizerWrapper(keras.Optimizer):
     def _why_not_loaded(
         self, stored: dict[str, np.ndarray], names: list[str], variables: list
     ) -> str | None:
-        """Why stored values cannot be this wrapper's state; `None` if they can."""
+        """Return why stored values cannot be this wrapper's state, or `None`."""
         form = int(stored.get("format", 1))
         if form > FORMAT:
             return (
                 f"it has format {form}, and this version of keras_lookahead_lazy "
-                f"knows formats up to {FORMAT}. Load it with a newer version."
+                f"can read formats up to {FORMAT}. Load it with a newer version."
             )
         missing = set(range(max(map(int, names), default=0))) - set(map(int, names))
         if missing:
             return (
-                f"its parts {', '.join(map(str, sorted(missing)))} are missing. It may "
-                "have been cut short; load an earlier one."
+                f"its parts {', '.join(map(str, sorted(missing)))} are missing. The "
+                "file may be incomplete; load an earlier one."
             )
         shapes = [stored[name].shape for name in sorted(names, key=int)]
         if shapes == [tuple(v.shape) for v in variables] and self._fits(stored):
@@ -436,16 +441,16 @@ class OptimizerWrapper(keras.Optimizer):
         ):
             return (
                 "it was written by a version of keras_lookahead_lazy before 0.2.0. To "
-                "go on exactly, finish the training with that version, or load the "
-                "weights alone."
+                "continue exactly, finish the training with that version. Otherwise "
+                "only the weights are loaded."
             )
         found = f"{len(names)} variables are stored and {len(variables)} expected."
         if len(names) == len(variables):
             found = "the stored variables have other shapes or are of other tables."
-        return f"{found} It was saved with another optimizer or model, or with none."
+        return f"{found} It was saved with another optimizer or model, or without one."
 
     def _fits(self, stored: dict[str, np.ndarray]) -> bool:
-        """Whether what is stored was saved by a wrapper that does the same."""
+        """Return whether the stored facts are those of this wrapper."""
         facts = self._saved_facts()
         return all(
             name == "format" or np.array_equal(stored.get(name, fact), fact)
@@ -453,36 +458,36 @@ class OptimizerWrapper(keras.Optimizer):
         )
 
     def _stores_differently(self, shapes: list[tuple]) -> bool:
-        """Whether an earlier version would have stored arrays of these shapes."""
+        """Return whether an earlier version would have stored these shapes."""
         return False
 
     def _compare(self, numbers: dict[str, float]) -> None:
-        """Warn of a file of other arguments than this has."""
+        """Warn if the file was saved with other arguments."""
         own = self._own_numbers()
         for name, number in numbers.items():
             if number != own[name]:
                 warnings.warn(
-                    f"The file was saved with {name}={number}; training goes on with "
-                    f"{name}={own[name]} of {type(self).__name__}. To go on as before, "
-                    f"make the optimizer with {name}={number}.",
+                    f"The file was saved with {name}={number}; training continues with "
+                    f"{name}={own[name]} of this {type(self).__name__}. To continue as "
+                    f"before, create the optimizer with {name}={number}.",
                     stacklevel=2,
                 )
 
     def __repr__(self) -> str:
-        """The nesting as one would write it."""
+        """Return the nested optimizers as you would write them."""
         try:
             settings = self._own_settings().items()
             given = {name: repr(value) for name, value in settings if value is not None}
             return _repr.call(type(self), given, _repr.written(self._inner))
-        except Exception:  # such as in a constructor that has not finished
+        except Exception:  # for example, if the constructor has not finished
             return object.__repr__(self)
 
     def _own_settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, but for the optimizer and the name."""
+        """Return the constructor's arguments, except the optimizer and the name."""
         return {}
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor, serialized."""
+        """Return the constructor's arguments, serialized."""
         return {
             "name": self.name,
             "optimizer": _keras.serialize(self._inner),
@@ -493,11 +498,12 @@ class OptimizerWrapper(keras.Optimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict | None = None
     ) -> OptimizerWrapper:
-        """An unbuilt optimizer with the arguments in `config`."""
+        """Return an unbuilt optimizer with the arguments in `config`."""
         if "optimizer" not in config:
             raise ValueError(
-                f"The config of a {cls.__name__} has that of the inner optimizer as "
-                f"'optimizer'. Received a config with the keys {list(config)}."
+                f"The config of a {cls.__name__} must contain the config of the inner "
+                f"optimizer as 'optimizer'. Received a config with the keys "
+                f"{list(config)}."
             )
         config = dict(config)
         config["optimizer"] = keras.saving.deserialize_keras_object(
@@ -507,7 +513,7 @@ class OptimizerWrapper(keras.Optimizer):
 
 
 def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
-    """Whether one of this package's optimizers is inside."""
+    """Return whether one of this package's optimizers is inside."""
     inside = chain(optimizer)
     is_ours = any(isinstance(each, OptimizerWrapper) for each in inside)
     return is_ours and engine.num_replicas() == 1

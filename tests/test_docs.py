@@ -28,8 +28,8 @@ BLOCK = re.compile(
 # What the loops in the README take for granted.
 LOOP = """
 optimizer = model.optimizer
-ids, y = keras.ops.ones((2, 3), "int32"), keras.ops.zeros((2, 1))
-weights = model.build((2, 3)) or model.trainable_variables
+ids, y = keras.ops.ones((32, 10), "int32"), keras.ops.zeros((32, 1))
+weights = model.trainable_variables
 """
 OWN_LOOP = {
     "tensorflow": """

@@ -113,7 +113,7 @@ def test_frozen_embedding(source):
         optimizer = wrap(adam())
         model.compile(optimizer, "mse", **QUICK)
         if isinstance(optimizer, LazyOptimizer):
-            with pytest.warns(UserWarning, match="Frozen, .*words.*unfreezing"):
+            with pytest.warns(UserWarning, match="frozen: .*words.*unfreezing"):
                 model.fit(*make_data(8), batch_size=4, shuffle=False, verbose=0)
         else:
             model.fit(*make_data(8), batch_size=4, shuffle=False, verbose=0)
@@ -131,7 +131,7 @@ def test_one_of_two_tables_frozen():
     model = model_of(*tables)
     tables[0].trainable = False
     optimizer = LazyOptimizer(adam(), tables)
-    with pytest.warns(UserWarning, match="Frozen, .*: words"):
+    with pytest.warns(UserWarning, match="frozen: words"):
         build(optimizer, model)
     assert list(optimizer.step_forms) == ["tags/embeddings"]
     assert optimizer.get_config()["embedding_layers"] == ["tags/embeddings:0", "words"]

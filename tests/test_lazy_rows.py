@@ -360,7 +360,7 @@ def test_unknown_optimizers(mode, kind, moments, k):
 
 def test_slots_that_are_not_found_do_not_freeze():
     lazy = LazyOptimizer(InDict(0.1), moments="freeze")
-    with pytest.raises(ValueError, match="one entry for each weight"):
+    with pytest.raises(ValueError, match="one entry per weight"):
         Run(lazy, make_weights())
     assert not lazy.built
     lazy = LazyOptimizer(InDict(0.1))

@@ -451,8 +451,8 @@ def test_a_file_of_another_k_or_alpha_is_warned_of(setting, tmp_path):
         said = [str(warning.message) for warning in caught]
         if number == own:
             (warning,) = said
-            assert f"saved with {name}={in_file}; training goes on" in warning
-            assert f"with {name}={own} of Lookahead" in warning
+            assert f"saved with {name}={in_file}; training continues" in warning
+            assert f"with {name}={own} of this Lookahead" in warning
         else:
             assert not said
         assert_same_bits(state(new), state(model))
@@ -495,7 +495,7 @@ def test_no_warning_where_an_optimizer_is_not_built_yet(case, tmp_path):
         assert_same_bits(state(copied), state(whole))
 
 
-@pytest.mark.filterwarnings("error:.*Frozen")
+@pytest.mark.filterwarnings("error:.*frozen")
 @pytest.mark.parametrize("case", ["maintain", "decay", "both"])
 def test_an_old_h5_file_keeps_the_weights_only(case, tmp_path):
     """Keras builds the optimizer in it for no weights, its own ones, too."""

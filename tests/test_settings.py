@@ -465,7 +465,7 @@ def test_slots_that_are_not_found_are_not_left_out(inner_state):
 
     optimizer = Lookahead(ByNumber(0.1), inner_state=inner_state)
     with pytest.raises(
-        ValueError, match=r"words_embeddings_shadow, .*no list with one"
+        ValueError, match=r"words_embeddings_shadow, .*than a list with one"
     ):
         Run(optimizer, make_weights())
     assert not optimizer.built

@@ -121,7 +121,7 @@ def test_a_large_table_warns_once(monkeypatch):
     (form,) = lazy.step_forms.values()
     assert form.endswith("(expected)")
     x, y = make_batches(2)
-    with pytest.warns(UserWarning, match="passes over all .* embeddings_regularizer"):
+    with pytest.warns(UserWarning, match="works on all .* embeddings_regularizer"):
         model.train_on_batch(x[0], y[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -118,7 +118,7 @@ def test_slow_weights_of_idle_rows_are_their_weights():
 
 def test_an_inside_that_starts_anew_restarts_lookahead(files):
     model = make_model(NESTINGS["both"]())
-    with pytest.warns(UserWarning, match="starts anew"):
+    with pytest.warns(UserWarning, match="starts from the beginning"):
         model.load_weights(files / "lookahead.weights.h5")
     assert int(keras.ops.convert_to_numpy(model.optimizer._counter)) == 0
 

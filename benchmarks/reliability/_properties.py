@@ -657,33 +657,34 @@ class Property:
 
 
 PROPERTIES = {
-    "resumed": Property("resumed in the middle of a cycle: the same bits", resumed),
+    "resumed": Property("Resumed mid-cycle: ends with the same bits", resumed),
     "killed": Property(
-        "killed while it saves, whole files put in place: the same bits", killed
+        "Killed while saving (complete files replace old ones): the same bits", killed
     ),
-    "cut-off": Property("a file that was cut off: an error, nothing changed", cut_off),
+    "cut-off": Property("File that was cut off: raises, changes nothing", cut_off),
     "another-model": Property(
-        "a file of another model: an error, nothing changed", of_another_model
+        "File of another model: raises, changes nothing", of_another_model
     ),
-    "another-k": Property("a file of another k: an error or a warning", another_k),
+    "another-k": Property("File with another k: raises or warns", another_k),
     "another-inner": Property(
-        "a file of another inner optimizer: an error or a warning", another_inner
+        "File of another inner optimizer: raises or warns", another_inner
     ),
-    "nan": Property("NaN in a row's gradient: other rows as without", nan_in_a_row),
-    "skipped": Property("a step skipped by loss scaling changes nothing", skipped),
-    "wrong-uses": Property("wrong arguments: an error before training", wrong_uses),
-    "constant": Property("4,000 steps: nothing grows", constant),
-    "threads": Property("two trainings in two threads: as alone", two_threads),
+    "nan": Property("NaN in one row's gradient: other rows unaffected", nan_in_a_row),
+    "skipped": Property("Step skipped by loss scaling: changes nothing", skipped),
+    "wrong-uses": Property("Wrong arguments: raise before training", wrong_uses),
+    "constant": Property("4,000 steps: memory does not grow", constant),
+    "threads": Property("Two trainings in two threads: same as alone", two_threads),
     "loaded-first": Property(
-        "weights loaded before the first update are its start", loaded_first
+        "Weights loaded before the first update: training starts from them",
+        loaded_first,
     ),
     "replaced": Property(
-        "weights replaced in mid-cycle: a call that begins a new one", replaced
+        "Weights replaced mid-cycle: a call starts a new cycle", replaced
     ),
     "frozen": Property(
-        "a weight left out: no sync moves it, its slow copy follows", frozen
+        "Weight without gradients: syncs leave it alone, its slow copy follows", frozen
     ),
-    "runs-with": Property("ran with", runs_with),
+    "runs-with": Property("Tested with", runs_with),
 }
 
 

@@ -1,4 +1,4 @@
-"""What differs by backend: one contract, which each module here implements.
+"""The contract of a backend, which each module in this folder implements.
 
 Only the module of the backend that Keras runs on is imported, as `engine`.
 """
@@ -22,12 +22,12 @@ class Rows:
     """The rows of a table that one step works on.
 
     Attributes:
-        indices: int tensor of shape `(n,)`, the rows. They may repeat, with the
-            same gradient each time. `None` stands for every row of the table.
-        gradient: tensor of shape `(n, ...)`, the gradient of each of them,
-            duplicates already summed.
-        sampled: bool tensor of shape `(n,)`, whether the gradient row has an
-            entry that is not zero. `None` if they all have.
+        indices: Int tensor of shape `(n,)`, the rows. They may repeat, with the same
+            gradient each time. `None` stands for every row of the table.
+        gradient: Tensor of shape `(n, ...)`, the gradient of each row, with duplicates
+            already summed.
+        sampled: Bool tensor of shape `(n,)`, whether the gradient of a row has a
+            nonzero entry. `None` if all have one.
     """
 
     indices: Any
@@ -36,22 +36,22 @@ class Rows:
 
 
 OTHER_PARTS = (
-    "the gradient has other parts than look-ups: another use of the table, or look-ups "
-    "inside of scan, vmap, remat or checkpoint"
+    "the gradient has parts other than lookups: the table is also used in another way, "
+    "or lookups are inside scan, vmap, remat or checkpoint"
 )
-FEW_ROWS = "the table has too few rows for as many look-ups"
+FEW_ROWS = "the table has too few rows for so many lookups"
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a table that was looked up and nothing else.
+    """The gradient of a table that was used only for lookups.
 
     Attributes:
-        sums: tensor of shape `(n, ...)`, gradients of different rows in the first
-            places and zeros in the others; n is the number of look-ups where shapes
-            have to be fixed, else of rows.
-        indices: int tensor of shape `(n,)`, the rows' ids.
-        position: int tensor of shape `(n,)`, where each id has its sum; `None` if in
-            its own place.
+        sums: Tensor of shape `(n, ...)`: first the gradients of distinct rows, then
+            zeros. If shapes have to be fixed, n is the number of lookups, otherwise
+            the number of distinct rows.
+        indices: Int tensor of shape `(n,)`, the ids of the rows.
+        position: Int tensor of shape `(n,)`, the position of each id's sum. `None` if
+            it is the id's own position.
     """
 
     sums: Any
@@ -59,21 +59,21 @@ class RowGradient(NamedTuple):
     position: Any
 
     def by_row(self) -> Any:
-        """The sum for each of `indices`."""
+        """Return the sum for each of `indices`."""
         if self.position is None:
             return self.sums
         return ops.take(self.sums, self.position, axis=0)
 
 
 class Engine(Protocol):
-    """A backend. `variable` is a Keras variable, `values` are native tensors."""
+    """A backend. `variable` is a Keras variable, and `values` are native tensors."""
 
-    # Whether variables hold the state while `fit` runs, or arrays beside them do.
+    # Whether variables hold the state while `fit` runs. If not, separate arrays do.
     VARIABLES_HOLD_STATE: bool
-    # The dtype of numbers of updates, and of lists of rows.
+    # The dtype of update numbers and of lists of rows.
     INTEGERS: str
 
-    # Look-ups and their gradients
+    # Lookups and their gradients
 
     def look_up(self, table: keras.Variable, ids: Any) -> Any:
         """Read rows of a table so that its gradient is known by rows.
@@ -82,17 +82,18 @@ class Engine(Protocol):
         """
 
     def takes_rows(self, gradient: Any) -> bool:
-        """Whether a gradient is known by rows to Keras's optimizers, too."""
+        """Return whether Keras's optimizers, too, know such a gradient by rows."""
 
     def row_gradient(self, gradient: Any, table: keras.Variable) -> RowGradient | str:
-        """The look-ups that a gradient consists of.
+        """Return the lookups that a gradient consists of.
 
         Returns:
-            The reason, if it has other parts or is better taken as a whole.
+            The reason, as text, if the gradient has other parts or if a step on the
+            whole table is better.
         """
 
     def may_join(self, gradient: Any, table: Any) -> bool:
-        """Whether the rows that a step on a table works on are few enough to be joined.
+        """Return whether a step on this table works on few enough rows to join them.
 
         Args:
             gradient: of the table, in any form.
@@ -100,69 +101,69 @@ class Engine(Protocol):
         """
 
     def rows_to_join(self, gradient: Any, table: Any) -> tuple[Any, Any]:
-        """The rows of a gradient that may be joined, and the sum for each.
+        """Return the rows of a gradient that can be joined, and the sum for each row.
 
         Returns:
             Their indices, `None` for every row; and the gradient.
         """
 
     def sampled(self, gradient: Any) -> Any:
-        """Which rows of a gradient have an entry that is not zero; `None` if all."""
+        """Return which rows of a gradient have a nonzero entry, or `None` if all have."""
 
     def step_in_rounds(
         self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]
     ) -> None:
-        """Call `step(gradient, variables)`, with some rows at a time if they are many.
+        """Call `step(gradient, variables)`, in chunks of rows if there are many.
 
         Args:
-            gradient: of a table, in any form.
-            variables: replicas of the table and of what is kept for it.
+            gradient: The gradient of a table, in any form.
+            variables: Replicas of the table and of its other variables.
         """
 
     def whole(self, gradient: Any) -> Any:
-        """A gradient in a form that Keras's optimizers take."""
+        """Return a gradient in a form that Keras's optimizers accept."""
 
     def sum_duplicates(self, gradient: Any) -> Any:
-        """A gradient with each row in one place, so that Keras computes with sums."""
+        """Return a gradient with the duplicates of each row summed."""
 
     # Rows of a table, and of what is kept for it
 
     def replica(self, variable: Any, like: Any) -> Any:
-        """The replica of `variable` that lies where the replica `like` does."""
+        """Return the replica of `variable` on the device of the replica `like`."""
 
     def find_rows(
         self, gradient: Any, variables: Sequence[Any], every_row: bool
     ) -> tuple[Rows, list]:
-        """The rows of a table that its gradient touches.
+        """Find the rows of a table that its gradient concerns, and read them.
 
         Args:
-            gradient: dense or sparse.
-            variables: replicas of the table and of what is kept for it.
-            every_row: whether the step needs the whole table.
+            gradient: A dense or sparse gradient.
+            variables: Replicas of the table and of its other variables.
+            every_row: Whether the step needs the whole table.
 
         Returns:
-            The rows, and the values of each of the variables there.
+            The rows, and their values in each of the variables.
         """
 
     def mark_idle(self, indices: Any, gradient: Any) -> Rows:
-        """Rows that were looked up, of which some may have a gradient of zeros."""
+        """Return looked-up rows, with those marked whose gradient is all zero."""
 
     def read_rows(self, variable: Any, indices: Any) -> Any:
-        """Rows of a replica; all, if `indices` is `None`."""
+        """Return rows of a replica, or all rows if `indices` is `None`."""
 
     def write_rows(
         self, variables: Sequence[Any], indices: Any, values: Sequence[Any]
     ) -> None:
-        """Assign the same rows of some replicas; all, if `indices` is `None`."""
+        """Assign the same rows of some replicas, or all rows if `indices` is `None`."""
 
     def split(self, joined: Any, parts: Sequence[Any]) -> list:
-        """What was joined from rows of several, in parts as long as the given ones."""
+        """Split joined rows into parts as long as the given ones."""
 
     def placement(self, variable: keras.Variable) -> Any:
-        """Rows of tables with the same placement can be joined at no cost."""
+        """Return a placement; rows of tables with equal placements may be joined."""
 
     def write_list(self, variable: Any, count: Any, values: Any) -> Any:
-        """Write ids behind the first `count` of a list, as many as have room.
+        """Write ids after the first `count` of a list, as far as there is room.
 
         Returns:
             The number of ids.
@@ -171,44 +172,44 @@ class Engine(Protocol):
     def listed_rows(
         self, variable: keras.Variable, ids: keras.Variable, count: Any, size: int
     ) -> RowGradient:
-        """The rows of a variable that the first `count` ids of a list name.
+        """Return the rows of a variable for the first `count` ids of a list.
 
         Args:
-            size: that the count does not exceed.
+            size: An upper bound for `count`.
         """
 
     def clear_rows(self, variable: keras.Variable, rows: RowGradient) -> None:
-        """Make zeros of rows that were read as `rows`."""
+        """Set the rows that were read as `rows` to zero."""
 
     def row_layout(self, variable: keras.Variable) -> Any:
-        """Where a vector with one entry for each row of a table belongs, or `None`."""
+        """Return the layout for a vector with one entry per table row, or `None`."""
 
     # Counting and branching in a step, which may be compiled
 
     def num_replicas(self) -> int:
-        """How many replicas a step runs in, each with a part of the gradients."""
+        """Return how many replicas run a step, each with a part of the gradients."""
 
     def read_count(self, variable: Any) -> Any:
-        """The value of a counter, without waiting for an accelerator."""
+        """Return the value of a counter without waiting for an accelerator."""
 
     def write_count(self, variable: keras.Variable, count: Any) -> None:
         """Assign a counter."""
 
     def once_known(self, gradients: Sequence[Any], predicate: Any) -> Any:
-        """The same predicate, which is known no earlier than the gradients.
+        """Return the predicate, made to depend on the gradients.
 
-        What is written after it is then written after the forward pass has read it.
-        XLA would otherwise copy the weights, in every step.
+        Writes that follow it then happen after the forward pass has read the weights.
+        Otherwise XLA would copy the weights in every step.
         """
 
     def run_if(
         self, predicate: Any, function: Callable[[], None], variables: Sequence[Any]
     ) -> None:
-        """Call `function`, if `predicate`: one decision, taken on the device.
+        """Call `function` if `predicate` is true, decided on the device.
 
         Args:
-            predicate: scalar bool.
-            variables: those that the function may assign.
+            predicate: Scalar bool.
+            variables: The variables that the function may assign.
         """
 
     # What a decision may lead to
@@ -220,34 +221,35 @@ class Engine(Protocol):
         """slow := fast for pairs `(fast, slow)`.
 
         Args:
-            predicate: that of the decision that led here.
+            predicate: The predicate of the `run_if` that called this.
         """
 
     def sync(self, pairs: Sequence[tuple], sync: Any) -> None:
         """Assign `sync(fast, slow)` to both of each pair.
 
         Args:
-            sync: a `keras_lookahead_lazy._lookahead.Sync`. A backend may compute the
+            sync: A `keras_lookahead_lazy._lookahead.Sync`. A backend may compute the
                 same in place, from its `alpha`.
         """
 
     def sync_rows(
         self, group: tuple[Any, Any, Any], is_moved: Callable[[Any], Any], sync: Any
     ) -> None:
-        """`sync` of one pair, in the rows that have moved.
+        """Apply `sync` to one pair, in the rows that have moved.
 
         Args:
-            group: fast weights, slow weights, the update that moved each row last.
-            is_moved: gives a bool vector for the last of these.
+            group: The fast weights, the slow weights, and the update that last moved
+                each row.
+            is_moved: Returns a bool vector for the last of these.
         """
 
     # The rest
 
     def check_distribution(self, variables: Sequence[Any]) -> None:
-        """Raise `ValueError` where replicas do not make each update together.
+        """Raise `ValueError` if replicas do not make each update together.
 
         Args:
-            variables: the weights to train.
+            variables: The weights to train.
         """
 
     def apply(
@@ -257,25 +259,25 @@ class Engine(Protocol):
         variables: list | None,
         written: list[keras.Variable],
     ) -> None:
-        """`optimizer.apply`.
+        """Call `optimizer.apply`.
 
         Args:
-            written: variables of a wrapper that the step writes. JAX's gradient
+            written: Variables of a wrapper that the step writes. On JAX, gradient
                 accumulation chooses between old and new values, so it has to know
                 them.
         """
 
     def is_recording(self) -> bool:
-        """Whether operations are recorded, or work on values that are handed in."""
+        """Return whether operations are traced, or work on values passed in."""
 
     def store_state(self, model: keras.Model) -> None:
-        """Give the variables what a training that goes on keeps in arrays."""
+        """Write the state of a running training from arrays to the variables."""
 
     def outside_graph(self) -> AbstractContextManager:
-        """A context in which operations run at once, also while others are recorded."""
+        """Return a context in which operations run at once, also during tracing."""
 
     def keeping_random_state(self) -> AbstractContextManager:
-        """A context in which going through data takes no random numbers from others."""
+        """Return a context in which reading data does not change the random state."""
 
 
 if TYPE_CHECKING:
@@ -290,11 +292,11 @@ else:
 
 
 def check_backend() -> None:
-    """Raise `ValueError` on a Keras backend that cannot train."""
+    """Raise `ValueError` if Keras runs on a backend that is not supported."""
     if engine is None:
         raise ValueError(
-            "keras_lookahead_lazy trains on the backends "
+            "keras_lookahead_lazy supports the backends "
             f"{', '.join(SUPPORTED)}. Keras runs on "
-            f"{keras.backend.backend()!r}; set the environment variable "
-            "KERAS_BACKEND to one of those before Keras is imported."
+            f"{keras.backend.backend()!r}. Set the environment variable "
+            "KERAS_BACKEND to one of those before you import Keras."
         )

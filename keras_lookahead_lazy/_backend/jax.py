@@ -26,20 +26,21 @@ from keras_lookahead_lazy._backend import (
 
 VARIABLES_HOLD_STATE = False
 INTEGERS = "int32"
-# Rows pay when a table has so many times more rows than a step has look-ups
-# (measured): XLA fuses a masked update into the pass that the dense step makes.
+# A step works on rows if the table has at least this many times as many rows as the
+# step has lookups. Below that, XLA's fused masked update is faster (measured).
 ROWS_PER_LOOK_UP = 8
-# Where a table is divided between devices, each needs the rows that all look up. So
-# many are read at a time, and a step works on so many at a time.
+# If a table is divided between devices, each device needs the rows that all devices
+# look up. They are read, and processed by a step, in chunks of these sizes.
 LOOK_UPS_PER_READ = 2**19
 LOOK_UPS_PER_ROUND = 2**16
-# A sync works on so many rows at a time, which bounds what it needs beside the weights.
+# A sync works on chunks of this many rows, which bounds its temporary memory.
 ROWS_PER_ROUND = 2048
-# It takes the whole table where one in so many rows has moved, or it is small.
+# If more than one in this many rows has moved, or if the table is small, a sync works
+# on the whole table.
 PART_OF_TABLE = 8
 
 
-# Look-ups and their gradients
+# Lookups and their gradients
 
 
 def look_up(table: keras.Variable, ids: Any) -> jax.Array:
@@ -65,13 +66,17 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
         return FEW_ROWS
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
     ids = jnp.where(ids < 0, ids + rows, ids)
-    ids = jnp.where(ids < 0, rows, ids)  # too far below: of no row
+    ids = jnp.where(ids < 0, rows, ids)  # too negative: not a row
     values = [values.reshape(-1, *row_shape) for _, values in look_ups]
     return _sum_duplicates(ids, jnp.concatenate(values), rows)
 
 
 def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
-    """Different rows, in order; what is past the table's end takes the other places."""
+    """Sum the gradients of repeated ids.
+
+    The ids are distinct and in ascending order, padded to a fixed length with an id
+    past the end of the table.
+    """
     count = len(ids)
     ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
     is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
@@ -114,7 +119,7 @@ def sampled(gradient: jax.Array) -> jax.Array:
 def step_in_rounds(
     gradient: Any, variables: Sequence[keras.Variable], step: Callable
 ) -> None:
-    """A loop, through which the variables' values go."""
+    """Run the step in a loop that carries the values of the variables."""
     size, rows = LOOK_UPS_PER_ROUND, variables[0].shape[0]
     if not isinstance(gradient, RowGradient) or len(gradient.indices) <= size:
         step(gradient, variables)
@@ -161,10 +166,10 @@ def replica(variable: keras.Variable, like: Any) -> keras.Variable:
 def find_rows(
     gradient: jax.Array, variables: Sequence[keras.Variable], every_row: bool
 ) -> tuple[Rows, list]:
-    """All rows, and which were sampled.
+    """Return all rows, and which of them were sampled.
 
-    A compiled program cannot have as many rows as happen to be sampled. XLA fuses
-    the masked update into the one pass that the inner optimizer makes anyway.
+    In a compiled program, the number of rows cannot depend on how many were sampled.
+    XLA fuses the masked update into the pass that the inner optimizer makes anyway.
     """
     return Rows(None, gradient, sampled(gradient)), [v.value for v in variables]
 
@@ -181,9 +186,10 @@ def read_rows(variable: keras.Variable, indices: Any) -> jax.Array:
 def write_rows(
     variables: Sequence[keras.Variable], indices: Any, values: Sequence[jax.Array]
 ) -> None:
-    """All before anything else is done with one of them.
+    """Write the rows of all variables before any of them is used again.
 
-    TPUs' compiler would put a sync between two, and keep the rows of the second.
+    Otherwise, the TPU compiler could schedule a sync between two of the writes, and
+    keep the rows for the second one in memory.
     """
     if indices is not None:
         values = [
@@ -217,20 +223,20 @@ def listed_rows(
 
 
 def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
-    """After the rows were read: XLA would otherwise copy the whole before."""
+    """Clear rows after they were read. Otherwise XLA would copy the whole first."""
     indices = jnp.where(_is_known(rows.sums), rows.indices, len(variable.value))
     write_rows([variable], indices, [jnp.zeros_like(rows.sums)])
 
 
 def _is_known(values: jax.Array) -> jax.Array:
-    """Always true, which XLA does not see, and not before the values are known."""
+    """Return true in a way that XLA cannot simplify, and that depends on `values`."""
     # Not `ravel`, which would gather what is divided between devices by columns.
     first = values[(slice(1),) * values.ndim].astype("float32").sum()
     return (first > 0) | (first <= 0) | (first != first)
 
 
 def _whole_rounds(count: int) -> int:
-    """So many places that they are a whole number of rounds, if more than one."""
+    """Round a count up to a whole number of rounds, if there is more than one."""
     size = min(count, LOOK_UPS_PER_ROUND)
     return size * math.ceil(count / size)
 
@@ -258,7 +264,7 @@ def row_layout(variable: keras.Variable) -> jax.sharding.Sharding | None:
 
 
 def num_replicas() -> int:
-    """One: JAX divides arrays, not the program."""
+    """Return one, because JAX divides arrays, not the program."""
     return 1
 
 
@@ -274,7 +280,7 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
     if not isinstance(predicate, jax.core.Tracer):
         return predicate
     for gradient in gradients:
-        # The gradient of a table that is taken by rows is computed by nobody.
+        # The dense gradient of a table that is updated by rows is never computed.
         noted = [values for _, values in jax_gradient.look_ups(gradient)]
         for part in noted or jax.tree.leaves(gradient):
             predicate &= _is_known(part)
@@ -284,9 +290,10 @@ def once_known(gradients: Sequence[Any], predicate: Any) -> Any:
 def run_if(
     predicate: Any, function: Callable[[], None], variables: Sequence[keras.Variable]
 ) -> None:
-    """A loop of at most one round, through which the variables' values go.
+    """Run `function` in a loop of at most one round that carries the variables.
 
-    XLA updates in place what a loop carries, but copies what a condition leaves alone.
+    XLA updates values that a loop carries in place, but copies values that a
+    conditional leaves unchanged.
     """
     if not isinstance(predicate, jax.core.Tracer):
         if predicate:
@@ -310,10 +317,10 @@ def update(group: tuple, function: Callable[..., tuple]) -> None:
 
 
 def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
-    """Both take one value that XLA cannot see to be `fast`.
+    """Assign both variables a value that XLA cannot identify as `fast`.
 
-    Were `fast` only read here, XLA would copy it in every step, to be safe from the
-    update that overwrites it in place.
+    If `fast` were only read here, XLA would copy it in every step, to protect it from
+    the update that overwrites it in place.
     """
     for fast, slow in pairs:
         _assign_both(fast, slow, jnp.where(predicate, fast.value, slow.value))
@@ -325,7 +332,7 @@ def sync(pairs: Sequence[tuple], sync: Callable) -> None:
 
 
 def _assign_both(fast: keras.Variable, slow: keras.Variable, value: jax.Array) -> None:
-    """Never one buffer for both where nothing is compiled: JAX donates it."""
+    """Assign a value to both, with separate buffers, because JAX donates them."""
     fast.assign(value)
     slow.assign(value if isinstance(value, jax.core.Tracer) else jnp.copy(value))
 
@@ -366,11 +373,11 @@ def sync_rows(
 
 
 def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
-    """How many entries of a vector are `True`, and where those of given numbers are.
+    """Return how many entries are `True`, and a function that finds them by number.
 
-    It counts in blocks, as many as a power of two allows, so that no device needs the
-    vector where its entries are divided between devices, and packs short pieces of
-    them into a word each, so that no memory of the vector's size is needed.
+    This counts in blocks (a power of two of them), so that no device needs the whole
+    vector if its entries are divided between devices. It packs short pieces into one
+    word each, so that it needs no memory of the vector's size.
     """
     count = len(chosen)
     blocks = math.gcd(count, 2**12)
@@ -382,7 +389,10 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     ends = jnp.cumsum(rank[:, -1])
 
     def positions(start: jax.Array, size: int) -> jax.Array:
-        """Of `size` numbers from `start`; past the end where there are not so many."""
+        """Return the positions of `size` entries from number `start` on.
+
+        If there are fewer, the other positions are past the end.
+        """
         numbers = start + jnp.arange(size, dtype="int32")
         ended = jnp.zeros(size, "int32").at[jnp.maximum(ends - start, 0)]
         block = jnp.cumsum(ended.add(1, mode="drop"))
@@ -395,8 +405,8 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
             is_before = (further <= rank.shape[1]) & (before <= number)
             return jnp.where(is_before, further, piece)
 
-        # What a loop carries XLA computes once; written out, it would compute the
-        # beginning anew for all that comes of it.
+        # XLA computes a value that a loop carries once. Unrolled, it would compute the
+        # first steps again for every use.
         bits = rank.shape[1].bit_length()
         piece = jax.lax.fori_loop(0, bits, go_on, jnp.zeros_like(number))
         piece = jnp.minimum(piece, rank.shape[1] - 1)
@@ -409,7 +419,7 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
 
 
 def _bit(word: jax.Array, number: jax.Array) -> jax.Array:
-    """The place of a word's bit that is its `number`-th of those set, from 0."""
+    """Return the position of a word's `number`-th set bit, counted from 0."""
 
     def go_on(step: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array]:
         place, number = carry
@@ -429,9 +439,10 @@ def _count_bits(words: jax.Array) -> jax.Array:
 
 
 def _once_if(predicate: Any, function: Callable[..., tuple], values: tuple) -> tuple:
-    """`function` of the values, or the values, as a loop of at most one round.
+    """Return `function` of the values if `predicate` is true, else the values.
 
-    XLA updates in place what a loop carries, but copies what a condition leaves alone.
+    This is a loop of at most one round. XLA updates values that a loop carries in
+    place, but copies values that a conditional leaves unchanged.
     """
     return jax.lax.while_loop(
         lambda carry: carry[0],
@@ -467,10 +478,10 @@ def store_state(model: keras.Model) -> None:
 
 
 def outside_graph() -> contextlib.AbstractContextManager:
-    """Any: optimizers are built where nothing is traced."""
+    """Do nothing on JAX, where optimizers are built outside of tracing."""
     return contextlib.nullcontext()
 
 
 def keeping_random_state() -> contextlib.AbstractContextManager:
-    """Any: Keras draws from NumPy's generator, and only to shuffle."""
+    """Do nothing on JAX, where Keras uses NumPy's generator, and only to shuffle."""
     return contextlib.nullcontext()

@@ -1,11 +1,11 @@
-"""JAX: which look-ups the gradient of a table consists of.
+"""JAX: find out which lookups the gradient of a table consists of.
 
-JAX's gradient of a table is an array of the table's shape. All look-ups of a table
-read one private copy of it, the gateway's (which costs nothing: it is an identity).
-When JAX transposes a look-up, that notes its ids and the gradients of its rows, and the
-gateway notes the sum. So a gradient that *is* that sum, the same object, consists of
-those rows and nothing else, and where the optimizer takes the rows nobody computes the
-sum.
+JAX's gradient of a table is an array of the table's shape. All lookups of a table read
+one private copy of it, the gateway's (which costs nothing, because it is an identity).
+When JAX transposes a lookup, the lookup records its ids and the gradients of its rows.
+Then the gateway records the sum. If the gradient of the table *is* that sum, the same
+object, it consists of those rows and nothing else. The optimizer then uses the rows,
+and the sum is never computed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jax.sharding import AxisType
 
 
 class _Gateway:
-    """The private copy of one table in one trace, and what its look-ups noted.
+    """The private copy of one table in one trace, and what its lookups recorded.
 
-    The look-ups refer to what was noted and not to the copy: JAX keeps them with the
-    trace, and would take the copy for one that has leaked.
+    Lookups refer to the records and not to the copy, because JAX keeps them with the
+    trace and would report the copy as a leak.
     """
 
     def __init__(self, table: jax.Array) -> None:
@@ -38,7 +38,7 @@ class _Gateway:
 
 
 class _Noted(list):
-    """Pairs of ids and gradients; compared by identity, as JAX wants to hash it."""
+    """Pairs of ids and gradients, compared by identity because JAX hashes this."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -50,8 +50,8 @@ def _take(table: jax.Array, ids: jax.Array, **_: Any) -> jax.Array:
     return jnp.take(table, ids, axis=0)
 
 
-# Both are linear in the table: what JAX does with them follows from what they compute,
-# but for the notes that their transposes take.
+# Both primitives are linear in the table. What JAX does with them follows from what
+# they compute, except for the records of their transposes.
 
 _look_up = Primitive("look_up_rows")
 _look_up.def_impl(_take)
@@ -124,7 +124,8 @@ ad.primitive_transposes[_gateway] = _gateway_transpose
 batching.primitive_batchers[_gateway] = lambda values, axes, noted: (values[0], axes[0])
 
 
-# By the id of the table's value, and of the sum: tracers compare by value.
+# Keys are the ids of the table's value and of the sum, because tracers compare by
+# value.
 _gateways: dict[int, _Gateway] = {}
 _sums: dict[int, tuple[weakref.ref, list]] = {}
 
@@ -134,24 +135,24 @@ def _forget(entries: dict, key: int, _: weakref.ref) -> None:
 
 
 def look_up(table: jax.Array, ids: Any) -> jax.Array:
-    """Rows of a table, noted in the backward pass."""
+    """Read rows of a table, and record them in the backward pass."""
     if not isinstance(table, jax.core.Tracer) or _in_shard_map():
         return _take(table, ids)
     gateway = _gateways.get(id(table))
     if gateway is None or gateway.table() is not table:
         gateway = _Gateway(table)
         if _trace(gateway.private) is not _trace(table):
-            return _take(table, ids)  # in a scan, say, which nobody may leave
+            return _take(table, ids)  # in a scan, for example, whose values stay inside
         _gateways[id(table)] = gateway
         weakref.finalize(table, _gateways.pop, id(table), None)
     return gateway.look_up(jnp.asarray(ids))
 
 
 def look_ups(gradient: Any) -> list[tuple[jax.Array, jax.Array]]:
-    """Ids and gradients of the look-ups that a gradient consists of.
+    """Return ids and gradients of the lookups that a gradient consists of.
 
-    Empty if it has other parts, or none that are known. (Inside of a scan or a
-    checkpoint, look-ups belong to another trace.)
+    The list is empty if the gradient has other parts or if its parts are not known.
+    (Inside a scan or a checkpoint, lookups belong to another trace.)
     """
     whole, noted = _sums.get(id(gradient), (None, []))
     if whole is None or whole() is not gradient:
@@ -162,7 +163,7 @@ def look_ups(gradient: Any) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def _in_shard_map() -> bool:
-    """Whether this runs on each device alone; JAX adds the devices' gradients up."""
+    """Return whether devices run this separately, so that JAX adds their gradients."""
     return AxisType.Manual in (jax.sharding.get_abstract_mesh().axis_types or ())
 
 

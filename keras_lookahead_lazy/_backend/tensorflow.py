@@ -20,39 +20,40 @@ from keras_lookahead_lazy._backend import (
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
 
 VARIABLES_HOLD_STATE = True
-# With a GPU, TensorFlow keeps int32 variables in the host's memory, and computes there.
+# With a GPU, TensorFlow keeps int32 variables in host memory and computes there.
 INTEGERS = "int64"
-# Under XLA, where both have fixed shapes, rows pay when a table has so many times
-# more rows than a step has look-ups (measured).
+# Under XLA, where shapes are fixed, a step works on rows if the table has at least this
+# many times as many rows as the step has lookups (measured).
 ROWS_PER_LOOK_UP = 8
-# A table that is taken whole is joined with others if it has at most so many rows.
+# A table that is updated as a whole is joined with others up to this many rows.
 ROWS_TO_JOIN = 2**14
-# A sync under XLA works on so many rows at a time, which bounds what it needs.
+# A sync under XLA works on chunks of this many rows, which bounds its temporary memory.
 ROWS_PER_ROUND = 4096
-# It takes the whole table where one in so many rows has moved, or it is small.
+# If more than one in this many rows has moved, or if the table is small, a sync works
+# on the whole table.
 PART_OF_TABLE = 8
 
 
-# Look-ups and their gradients
+# Lookups and their gradients
 
 
 def look_up(table: keras.Variable, ids: Any) -> tf.Tensor | tf.RaggedTensor:
-    """Rows of the variable itself, and not of a copy of it."""
+    """Read rows of the variable itself, not of a copy."""
     if isinstance(ids, tf.RaggedTensor):
         return ids.with_flat_values(look_up(table, ids.flat_values))
     ids = keras.ops.convert_to_tensor(ids, sparse=False)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
     rows = _own_component(_keras.stored_value(table))
     if in_xla():
-        # That is no copy, and `tf.vectorized_map` takes no look-up in a variable.
+        # Under XLA this does not copy. `tf.vectorized_map` cannot read from a variable.
         rows = tf.convert_to_tensor(rows)
     return tf.gather(rows, ids)
 
 
 def _own_component(variable: tf.Variable) -> tf.Variable:
-    """The replica of a variable that belongs to the replica that runs this.
+    """Return the replica of a variable for the replica that runs this.
 
-    `tf.gather` of a mirrored variable would read the whole.
+    `tf.gather` on a mirrored variable would read the whole variable.
     """
     context = tf.distribute.get_replica_context()
     if num_replicas() == 1 or context is None:
@@ -68,7 +69,7 @@ def takes_rows(gradient: Any) -> bool:
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
-    """With one replica; those of several have to be added up as they are."""
+    """Return row gradients for one replica. Several replicas add up gradients as is."""
     if not isinstance(gradient, tf.IndexedSlices):
         return OTHER_PARTS
     if num_replicas() > 1:
@@ -130,19 +131,19 @@ def replica(variable: Any, like: Any) -> tf.Variable:
 
 
 def _native(variable: Any) -> tf.Variable:
-    """The `tf.Variable` in a Keras variable; a model may have such itself."""
+    """Return the `tf.Variable` of a Keras variable, or the `tf.Variable` itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _strategy(variable: tf.Variable) -> tf.distribute.Strategy:
-    """The strategy that a variable was created under."""
+    """Return the strategy that a variable was created under."""
     return getattr(variable, "distribute_strategy", tf.distribute.get_strategy())
 
 
 def find_rows(
     gradient: Any, variables: Sequence[tf.Variable], every_row: bool
 ) -> tuple[Rows, list]:
-    """Different rows; under XLA one for each look-up, with the same sum each time."""
+    """Return distinct rows, or under XLA one per lookup, each with its row's sum."""
 
     def read(indices: Any) -> list:
         return [read_rows(variable, indices) for variable in variables]
@@ -155,7 +156,7 @@ def find_rows(
         return Rows(indices, gradient, sampled(gradient)), read(indices)
     if isinstance(gradient, tf.IndexedSlices):
         gradient = sum_duplicates(gradient)
-        # Read before it is known which are idle: the two do not wait for each other.
+        # Rows are read before it is known which are idle, so that both run in parallel.
         sums, indices, *values = tensorflow_rows.without_idle_rows(
             gradient.values, gradient.indices, *read(gradient.indices)
         )
@@ -196,7 +197,7 @@ def write_list(variable: keras.Variable, count: Any, values: tf.Tensor) -> tf.Te
         tf.cast(values, variable.dtype),
     )
     positions = count + tf.range(number)
-    if not in_xla():  # which drops what lies past the end
+    if not in_xla():  # XLA drops writes past the end
         positions = positions[: tf.maximum(variable.shape[0] - count, 0)]
         values = values[: tf.size(positions)]
     write_rows([_native(variable)], positions, [values])
@@ -320,8 +321,9 @@ def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
     def back_up_replica(fast: tf.Variable, slow: tf.Variable) -> None:
         value = fast.read_value()
         if in_xla():
-            # Both take one value that XLA cannot see to be `fast`. Were `fast` only
-            # read here, XLA would copy it in every step, to be safe from the update.
+            # Assign both a value that XLA cannot identify as `fast`. If `fast` were
+            # only read here, XLA would copy it in every step, to protect it from the
+            # update.
             value = tf.where(predicate, value, slow)
             fast.assign(value, read_value=False)
         slow.assign(value, read_value=False)
@@ -330,7 +332,7 @@ def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
 
 
 def sync(pairs: Sequence[tuple], sync: Any) -> None:
-    """In place: no temporaries, and fewer passes over the weights."""
+    """Sync in place, without temporaries and with fewer passes over the weights."""
 
     def sync_replica(fast: tf.Variable, slow: tf.Variable) -> None:
         fast.assign_sub(slow, read_value=False)
@@ -368,7 +370,7 @@ def sync_rows(
 
         if not in_xla():
             halves = tensorflow_rows.positions(moved)
-            new = [points(rows) for rows in halves]  # all before the first is written
+            new = [points(rows) for rows in halves]  # read all before writing any
             for rows, point in zip(halves, new, strict=True):
                 write_rows([fast, slow], rows, [point, point])
         elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
@@ -386,16 +388,16 @@ def sync_rows(
 
 
 def check_distribution(variables: Sequence[Any]) -> None:
-    """Refuse parameter servers, in whose scope the weights are or have been made."""
+    """Raise if the weights were or are created in the scope of parameter servers."""
     in_scope = isinstance(
         tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy
     )
     if in_scope or any("/job:ps/" in _native(v).device for v in variables):
         raise ValueError(
-            "Lookahead and LazyOptimizer count the updates that all workers make "
-            "together. Under tf.distribute.ParameterServerStrategy each worker makes "
-            "updates of its own, at any time. Use tf.distribute.MirroredStrategy on "
-            "one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
+            "Lookahead and LazyOptimizer count updates that all workers make "
+            "together, but under tf.distribute.ParameterServerStrategy each worker "
+            "updates the weights at its own time. Use tf.distribute.MirroredStrategy "
+            "on one machine, or tf.distribute.MultiWorkerMirroredStrategy on several."
         )
 
 
@@ -405,7 +407,7 @@ def apply(
     variables: list | None,
     written: list[keras.Variable],
 ) -> None:
-    """TensorFlow's optimizers write no variable where they skip an update."""
+    """Apply. If TensorFlow's optimizers skip an update, they write no variable."""
     optimizer.apply(grads, variables)
 
 
@@ -414,7 +416,7 @@ def is_recording() -> bool:
 
 
 def store_state(model: keras.Model) -> None:
-    """The variables of a model in training hold its weights: nothing to do."""
+    """Do nothing, because variables hold the weights during training."""
 
 
 def outside_graph() -> contextlib.AbstractContextManager:
@@ -422,5 +424,5 @@ def outside_graph() -> contextlib.AbstractContextManager:
 
 
 def keeping_random_state() -> contextlib.AbstractContextManager:
-    """Any: a dataset has a generator of its own."""
+    """Do nothing on TensorFlow, where a dataset has its own generator."""
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""TensorFlow: `tf.IndexedSlices` without duplicates, and chosen rows under XLA."""
+"""TensorFlow: sum duplicates in `tf.IndexedSlices`, and choose rows under XLA."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from tensorflow.python.ops import control_flow_util
 
 
 def in_xla() -> bool:
-    """Whether the code being traced will be compiled by XLA (`jit_compile=True`)."""
+    """Return whether the traced code will be compiled by XLA (`jit_compile=True`)."""
     return not tf.executing_eagerly() and (
         control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     )
 
 
 def is_known(values: tf.Tensor) -> tf.Tensor:
-    """Always true, which XLA does not see, and not before the values are known."""
+    """Return true in a way that XLA cannot simplify, and that depends on `values`."""
     first = tf.reduce_sum(tf.cast(tf.reshape(values, [-1])[:1], "float32"))
     return (first > 0) | (first <= 0) | (first != first)
 
 
 def has_entries(gradient: tf.Tensor) -> tf.Tensor:
-    """Which rows are not all zero."""
+    """Return which rows are not all zero."""
     return tf.reduce_any(gradient != 0, axis=range(1, gradient.shape.rank))
 
 
 def sum_duplicates(gradient: Any) -> Any:
-    """The same gradient with every row of the table in one place: the sum.
+    """Return the same gradient with the duplicates of each row summed.
 
-    Keras 2 summed; Keras 3 squares the duplicates one by one. Under XLA, where the
-    number of different rows may not shape a tensor, zeros take the other places.
-    A dense gradient is a sum already.
+    Keras 2 summed them, but Keras 3 squares duplicates separately. Under XLA, the
+    number of distinct rows cannot be the size of a tensor, so zeros fill the other
+    places. A dense gradient is already a sum.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
@@ -46,10 +46,10 @@ def sum_duplicates(gradient: Any) -> Any:
 
 
 def _sums(values: tf.Tensor, position: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """The sum of the rows that have the same position, for each of them.
+    """Sum the rows that have the same position.
 
-    Few rows have another of the same position, and only those are added:
-    `tf.math.unsorted_segment_sum`, which adds all, is slow in TensorFlow 2.21.
+    Only few rows share a position, so this adds only those.
+    `tf.math.unsorted_segment_sum` adds all rows and is slow in TensorFlow 2.21.
     """
     each = tf.range(tf.size(position))
     first = tf.math.unsorted_segment_min(each, position, count)
@@ -62,11 +62,11 @@ def _sums(values: tf.Tensor, position: tf.Tensor, count: tf.Tensor) -> tf.Tensor
 
 
 def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Sums over duplicates in tensors of fixed shape.
+    """Sum duplicates, in tensors of fixed shape.
 
     Returns:
-        The row ids, sorted; for each of them the position of its sum; the sums, in
-        as many rows as there are ids, of which the first are used.
+        The sorted row ids, the position of each id's sum, and the sums. There are as
+        many rows for sums as ids, of which the first ones are used.
     """
     order = tf.argsort(slices.indices, stable=True)
     indices = tf.gather(slices.indices, order)
@@ -78,13 +78,13 @@ def sorted_sums(slices: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tens
 
 
 def positions_of(indices: tf.Tensor) -> tf.Tensor:
-    """The place of each of some sorted numbers among the different ones."""
+    """Return the position of each of some sorted numbers among the distinct ones."""
     is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
     return tf.concat([[0], tf.cumsum(is_new)], axis=0)
 
 
 def first_of_each(position: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Rows, of which those that have the position of the one before are zeros."""
+    """Return rows, with zeros in those that have the position of the row before."""
     is_first = tf.concat([[True], position[1:] != position[:-1]], axis=0)
     is_first = tf.reshape(is_first, [-1] + [1] * (values.shape.rank - 1))
     return tf.where(is_first, values, tf.zeros_like(values))
@@ -103,10 +103,10 @@ class _Slices(tf.IndexedSlices):
 def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     """Leave out rows whose gradient is zero, such as a masked token's.
 
-    They are rare: where no row even begins with a zero, there is none to look for.
+    Such rows are rare. If no row even begins with a zero, there is none.
 
     Args:
-        others: what else has one entry a row.
+        others: Other tensors with one entry per row.
     """
     tensors = (gradient, *others)
 
@@ -118,14 +118,14 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
 
 
 def positions(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """`tf.where` of both halves of a long vector, of which none waits for the other."""
+    """Call `tf.where` for both halves of a long vector, which run in parallel."""
     middle = chosen.shape[0] // 2
     first, second = tf.where(chosen[:middle])[:, 0], tf.where(chosen[middle:])[:, 0]
     return first, second + middle
 
 
 def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:
-    """The rows of some tensors that are `True` in the vector `chosen`."""
+    """Return the rows of some tensors that are `True` in the vector `chosen`."""
     rows = tf.where(chosen)[:, 0]
     return tuple(tf.gather(tensor, rows) for tensor in tensors)
 
@@ -133,8 +133,8 @@ def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:
 def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
     """Call `function` with the positions of `chosen`, `size` at a time, under XLA.
 
-    Places that are left over in the last round repeat its last position. 32 entries are
-    packed into a word, so that what is searched is short.
+    In the last round, the last position is repeated to fill up. 32 entries are packed
+    into a word, so that the searched vector is short.
     """
     padding = -chosen.shape[0] % 32
     pieces = tf.reshape(tf.pad(chosen, [[0, padding]]), [-1, 32])
@@ -156,7 +156,7 @@ def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
 
 
 def _bit(word: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """The place of a word's bit that is its `number`-th of those set, from 0."""
+    """Return the position of a word's `number`-th set bit, counted from 0."""
 
     def go_on(
         width: tf.Tensor, place: tf.Tensor, number: tf.Tensor
@@ -179,10 +179,11 @@ def _count_bits(words: tf.Tensor) -> tf.Tensor:
 
 
 def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
-    """Positions of the first entries that are `wanted` or more, by bisection.
+    """Return, by bisection, positions of the first entries that are `wanted` or more.
 
-    XLA's `tf.searchsorted` compares all with all. And what a loop carries XLA computes
-    once; written out, it would compute the beginning anew for all that comes of it.
+    XLA's `tf.searchsorted` compares all entries with all. This uses a loop because XLA
+    computes a carried value once. Unrolled, it would compute the first steps again for
+    every use.
     """
     length = ascending.shape[0]
 
@@ -197,10 +198,10 @@ def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
 
 
 def run_if(predicate: tf.Tensor, function: Callable) -> None:
-    """`tf.cond` without a second branch.
+    """Call `function` if `predicate` is true, like `tf.cond` with one branch.
 
-    For XLA it is written as a loop of at most one round: XLA updates what a loop
-    carries in place, but copies what a condition leaves alone.
+    For XLA, this is a loop of at most one round. XLA updates values that a loop carries
+    in place, but copies values that a conditional leaves unchanged.
     """
     if not in_xla():
 

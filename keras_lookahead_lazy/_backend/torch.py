@@ -15,11 +15,11 @@ from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
 INTEGERS = "int32"
-# A sync on the host works on so many rows at a time, which stay in the cache.
+# A sync on the host works on chunks of this many rows, which fit into the cache.
 ROWS_PER_ROUND = 4096
 
 
-# Look-ups and their gradients
+# Lookups and their gradients
 
 
 def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
@@ -30,7 +30,7 @@ def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
-    ):  # which know dense gradients only
+    ):  # these support dense gradients only
         return torch.nn.functional.embedding(ids, value)
     return LookUp.apply(value, ids)
 
@@ -42,9 +42,10 @@ def takes_rows(gradient: Any) -> bool:
 def row_gradient(
     gradient: torch.Tensor, table: keras.Variable
 ) -> _backend.RowGradient | str:
-    """On an accelerator of fixed shapes.
+    """Return row gradients, on an accelerator with fixed shapes.
 
-    It would have to stop for the host to know the number of different rows.
+    An accelerator would have to stop so that the host could learn the number of
+    distinct rows.
     """
     if isinstance(gradient, RowGradient) and gradient.rows is not None:
         ids, values = gradient.rows
@@ -75,7 +76,7 @@ def rows_to_join(
 
 
 def sampled(gradient: torch.Tensor) -> torch.Tensor | None:
-    # Idle rows are rare: where none even begins with a zero, there is none to look for.
+    # Idle rows are rare. If no row even begins with a zero, there is none.
     if _is_on_host(gradient) and gradient.flatten(1)[:, 0].all():
         return None
     return _has_entries(gradient)
@@ -99,17 +100,17 @@ sum_duplicates = whole
 
 
 def replica(variable: keras.Variable, like: Any) -> keras.Variable:
-    """The variable itself: each process has one replica."""
+    """Return the variable itself, because each process has one replica."""
     return variable
 
 
 def find_rows(
     gradient: torch.Tensor, variables: Sequence[keras.Variable], every_row: bool
 ) -> tuple[Rows, list]:
-    """The rows that were sampled, or all and a mask.
+    """Return the sampled rows or, on an accelerator, all rows and a mask.
 
-    Their number would have to come to the host, which stalls an accelerator, and a
-    compiler wants fixed shapes.
+    The host would have to know the number of sampled rows, which stalls an accelerator.
+    A compiler needs fixed shapes.
     """
     has_entry = _has_entries(gradient)
     if every_row or not _is_on_host(gradient):
@@ -130,7 +131,7 @@ def mark_idle(indices: torch.Tensor, gradient: torch.Tensor) -> Rows:
 
 
 def _has_entries(gradient: torch.Tensor) -> torch.Tensor:
-    """Which rows are not all zero, without a tensor of their size beside them."""
+    """Return which rows are not all zero, without a temporary tensor of their size."""
     rows = gradient.flatten(1)
     return (rows.amax(1) != 0) | (rows.amin(1) != 0)
 
@@ -181,7 +182,7 @@ def clear_rows(variable: keras.Variable, rows: _backend.RowGradient) -> None:
 
 
 def _positions(indices: torch.Tensor) -> torch.Tensor:
-    """The place of each of some sorted numbers among the different ones."""
+    """Return the position of each of some sorted numbers among the distinct ones."""
     position = torch.zeros_like(indices)
     torch.cumsum(indices[1:] != indices[:-1], 0, out=position[1:])
     return position
@@ -196,22 +197,22 @@ def placement(variable: keras.Variable) -> Any:
 
 
 def row_layout(variable: keras.Variable) -> None:
-    """Keras lays variables out on JAX alone."""
+    """Return `None`: Keras uses layouts only on JAX."""
 
 
 # Counting on the host and branching in Python
 
 
 def num_replicas() -> int:
-    """One: each process has its own."""
+    """Return one, because each process has its own replica."""
     return 1
 
 
 def read_count(variable: Any) -> int:
-    """The value of a counter, without asking the device for it in every step.
+    """Return the value of a counter without reading it from the device in every step.
 
-    torch numbers the changes of a tensor, so the last value seen holds as long as
-    the number does; it is read again after somebody else has written it.
+    torch counts the changes of a tensor. While this count stays the same, the last
+    value that was read is valid.
     """
     if not isinstance(variable, keras.Variable):
         return int(variable)
@@ -252,7 +253,7 @@ def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
 
 @torch.no_grad()
 def sync(pairs: Sequence[tuple], sync: Any) -> None:
-    """In place, all weights in one call."""
+    """Sync in place, with all weights in one call."""
     if pairs:
         fast, slow = zip(*[(f.value, s.value) for f, s in pairs], strict=True)
         torch._foreach_lerp_(slow, fast, sync.alpha)
@@ -283,7 +284,7 @@ def sync_rows(
 
 @torch.no_grad()
 def check_distribution(variables: Sequence[Any]) -> None:
-    """Gradients are summed before an optimizer gets them."""
+    """Accept everything: gradients are summed before an optimizer gets them."""
 
 
 def apply(
@@ -292,7 +293,7 @@ def apply(
     variables: list | None,
     written: list[keras.Variable],
 ) -> None:
-    """torch's optimizers write no variable where they skip an update."""
+    """Apply. If torch's optimizers skip an update, they write no variable."""
     optimizer.apply(grads, variables)
 
 
@@ -301,14 +302,14 @@ def is_recording() -> bool:
 
 
 def store_state(model: keras.Model) -> None:
-    """The variables of a model in training hold its weights: nothing to do."""
+    """Do nothing, because variables hold the weights during training."""
 
 
 def outside_graph() -> contextlib.AbstractContextManager:
-    """Any: optimizers are built where nothing is recorded."""
+    """Do nothing on torch, where optimizers are built outside of tracing."""
     return contextlib.nullcontext()
 
 
 def keeping_random_state() -> contextlib.AbstractContextManager:
-    """Each pass of a `DataLoader` draws from the generator that others shuffle with."""
+    """Fork the generator: each pass of a `DataLoader` draws from the global one."""
     return torch.random.fork_rng(devices=[])

@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 aten = torch.ops.aten
 
-# What multiplies all entries of a gradient by one number.
+# Operations that multiply all entries of a gradient by one number.
 _SCALES: dict[Any, Any] = {aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div}
 
 
@@ -19,10 +19,10 @@ class _Contents:
     """What a gradient and its aliases hold.
 
     Attributes:
-        ids: int64 tensor of shape `(n,)`, rows of the table; they may repeat.
-        values: tensor of shape `(n, ...)`, what each look-up adds to its row.
-        dense: the gradient as a tensor of the table's shape, once somebody has
-            written into it. Ids and values count no more then.
+        ids: int64 tensor of shape `(n,)`, rows of the table. They may repeat.
+        values: Tensor of shape `(n, ...)`, what each lookup adds to its row.
+        dense: The gradient as a tensor of the table's shape, once something has been
+            written into it. Then `ids` and `values` are no longer used.
     """
 
     ids: torch.Tensor
@@ -31,15 +31,15 @@ class _Contents:
 
 
 class RowGradient(torch.Tensor):
-    """A gradient that consists of look-ups: their ids, and a gradient for each.
+    """A gradient that consists of lookups: their ids, and one gradient per lookup.
 
-    To everybody but the optimizer it is the dense gradient that it stands for:
-    an operation that it does not know works on that. One that writes into it, or
-    returns a view of it, makes it dense for good.
+    For everything except the optimizer, this behaves like the dense gradient that it
+    stands for: an operation that it does not know works on the dense gradient. An
+    operation that writes into it, or returns a view of it, makes it dense permanently.
 
     Args:
-        contents: the look-ups.
-        shape: the shape of the table.
+        contents: The lookups.
+        shape: The shape of the table.
     """
 
     @staticmethod
@@ -73,17 +73,17 @@ class RowGradient(torch.Tensor):
 
         args, kwargs = _pytree.tree_map(whole, (args, kwargs or {}))
         result = function(*args, **kwargs)
-        # What an operation writes into is returned as what it was given as.
+        # If an operation returns what it wrote into, return the original object.
         return next((g for g in given if result is g.contents.dense), result)
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids and values, or `None` if there is more to the gradient."""
+        """Ids and values, or `None` if the gradient has become dense."""
         contents = self.contents
         return (contents.ids, contents.values) if contents.dense is None else None
 
     def whole(self) -> torch.Tensor:
-        """The dense gradient."""
+        """Return the dense gradient."""
         contents = self.contents
         if contents.dense is not None:
             return contents.dense
@@ -91,12 +91,12 @@ class RowGradient(torch.Tensor):
         return zeros.index_add_(0, contents.ids, contents.values)
 
     def make_dense(self) -> torch.Tensor:
-        """The dense gradient, which this holds from now on."""
+        """Return the dense gradient, and hold it from now on."""
         self.contents.dense = self.whole()
         return self.contents.dense
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The dense gradient as an array."""
+        """Return the dense gradient as an array."""
         return self.whole().numpy(force=force)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -104,7 +104,7 @@ class RowGradient(torch.Tensor):
 
 
 def _rows(gradient: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Ids and values of a gradient, if it is known by rows."""
+    """Return ids and values of a gradient, if it is known by rows."""
     if isinstance(gradient, RowGradient):
         return gradient.rows
     is_sparse = isinstance(gradient, torch.Tensor) and gradient.is_sparse
@@ -114,7 +114,7 @@ def _rows(gradient: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def _by_rows(function: Any, gradient: Any, *others: Any) -> torch.Tensor | None:
-    """What `function` returns, if that is known by rows."""
+    """Return the result of `function` by rows, or `None` if that is not possible."""
     rows = gradient.rows if isinstance(gradient, RowGradient) else None
     if rows is None or len(others) > 1:
         return None
@@ -147,7 +147,7 @@ def _by_rows(function: Any, gradient: Any, *others: Any) -> torch.Tensor | None:
 
 
 class LookUp(torch.autograd.Function):
-    """Rows of a table, whose gradient is a `RowGradient`."""
+    """A lookup of rows of a table, whose gradient is a `RowGradient`."""
 
     # In one method: with a `setup_context`, torch looks up the signature in each call.
     @staticmethod
@@ -161,7 +161,7 @@ class LookUp(torch.autograd.Function):
     def backward(context: Any, gradient: torch.Tensor) -> tuple:
         (ids,) = context.saved_tensors
         ids, values = ids.flatten(), gradient.reshape(-1, *context.shape[1:])
-        if torch.is_grad_enabled():  # the gradient will be differentiated
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
             zeros = gradient.new_zeros(context.shape)
             return zeros.index_add(0, ids, values), None
         return RowGradient(_Contents(ids, values), context.shape), None
