@@ -7,6 +7,7 @@ the same weights.
 import importlib
 import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,8 +28,10 @@ missing = [name for name in ("keras_rs", "keras_hub") if find_spec(name) is None
 if missing:
     warnings.warn(f"Layers of {' and '.join(missing)} not tested", stacklevel=1)
 # Not later, in the middle of a test: the import draws random numbers.
-keras_rs = None if "keras_rs" in missing else importlib.import_module("keras_rs")
-keras_hub = None if "keras_hub" in missing else importlib.import_module("keras_hub")
+keras_rs: Any = None if "keras_rs" in missing else importlib.import_module("keras_rs")
+keras_hub: Any = (
+    None if "keras_hub" in missing else importlib.import_module("keras_hub")
+)
 needs_keras_rs = pytest.mark.skipif(keras_rs is None, reason="no keras_rs")
 needs_keras_hub = pytest.mark.skipif(keras_hub is None, reason="no keras_hub")
 
@@ -50,9 +53,10 @@ def as_sparse(array):
         import tensorflow as tf
 
         return tf.SparseTensor(places, values, array.shape)
+    import jax.numpy as jnp
     from jax.experimental.sparse import BCOO
 
-    return BCOO((values, places), shape=array.shape)
+    return BCOO((jnp.asarray(values), jnp.asarray(places)), shape=array.shape)
 
 
 def as_ragged(array):

@@ -108,7 +108,7 @@ class Engine(Protocol):
         """
 
     def sampled(self, gradient: Any) -> Any:
-        """Return which rows of a gradient have a nonzero entry, or `None` if all have."""
+        """Return which rows of a gradient are not all zero; `None` if no row is."""
 
     def step_in_rounds(
         self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]

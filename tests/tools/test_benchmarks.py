@@ -47,8 +47,8 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_the_other_backends_measure(backend: str, tmp_path: Path) -> None:
     """A whole `fit`, on two devices, too, single steps, and bare operations."""
-    names = "fit-setups-mirrored-*", "fit-setups-model-parallel-*"
-    names += "lookahead-adam-*", "lazy-decay-bare"
+    names = ["fit-setups-mirrored-*", "fit-setups-model-parallel-*"]
+    names += ["lookahead-adam-*", "lazy-decay-bare"]
     report = run(tmp_path, "--backends", backend, "--only", *names)
     measured = [g["measured"] for g in report["goals"] if g["measured"] is not None]
     assert len(measured) >= 2
