@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import keras
 from keras import layers
 
+from examples.common import cifar, options
+from examples.common.comparison import Comparison, EpochTimer
+from examples.common.plots import BLUE, ORANGE, Curve
+from examples.common.sources import DataError
 from keras_lookahead_lazy import Lookahead
-from workbench import cifar, options
-from workbench.comparison import Comparison, EpochTimer
-from workbench.plots import BLUE, ORANGE, Curve
-from workbench.sources import DataError
 
 CURVES = {
     "sgd": Curve("SGD", ORANGE),

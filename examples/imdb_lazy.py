@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import keras
 
+from examples.common import imdb, options
+from examples.common.comparison import Comparison, EpochTimer
+from examples.common.plots import BLACK, BLUE, ORANGE, Curve
+from examples.common.sources import DataError
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-from workbench import imdb, options
-from workbench.comparison import Comparison, EpochTimer
-from workbench.plots import BLACK, BLUE, ORANGE, Curve
-from workbench.sources import DataError
 
 CURVES = {
     "adam": Curve("Adam", BLACK),

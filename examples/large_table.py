@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from examples.common import imdb, options
+from examples.common.comparison import Comparison, EpochTimer
+from examples.common.plots import BLACK, BLUE, ORANGE, Curve
+from examples.common.sources import DataError
 from examples.imdb_lazy import build_optimizer
-from workbench import imdb, options
-from workbench.comparison import Comparison, EpochTimer
-from workbench.plots import BLACK, BLUE, ORANGE, Curve
-from workbench.sources import DataError
 
 CURVES = {
     "adam": Curve("Adam", BLACK),

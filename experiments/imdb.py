@@ -14,12 +14,12 @@ import keras
 import numpy as np
 
 from examples import imdb_lazy
+from examples.common import imdb as reviews
+from examples.common.comparison import EpochTimer, epochs_of
+from examples.common.options import add_optimizers
+from examples.common.sources import Data
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import SlowWeights
-from workbench import imdb as reviews
-from workbench.comparison import EpochTimer, epochs_of
-from workbench.options import add_optimizers
-from workbench.sources import Data
 
 EPOCHS, BATCH_SIZE = 8, 32
 # A step in so many is measured; coprime with k, so that syncs are seen as often as

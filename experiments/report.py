@@ -19,6 +19,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.common.plots import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    Curve,
+    Epochs,
+    draw_measure,
+    legend,
+)
 from examples.imdb_lazy import CURVES as IMDB_CURVES
 from examples.large_table import ROWS
 from experiments import (
@@ -34,16 +44,6 @@ from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from experiments.large_table import CURVES as TABLE_CURVES
-from workbench.plots import (
-    BLACK,
-    BLUE,
-    GREY,
-    ORANGE,
-    Curve,
-    Epochs,
-    draw_measure,
-    legend,
-)
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"
