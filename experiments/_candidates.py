@@ -16,7 +16,7 @@ import keras
 from keras import ops
 
 from examples.common.plots import SKY, Curve
-from examples.imdb_lazy import build_optimizer
+from experiments._optimizers import build_optimizer
 from keras_lookahead_lazy import LazyOptimizer, _decay_rates
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from examples import large_table
 from examples.common import imdb as reviews
 from examples.common.options import add_output
 from examples.common.sources import Data
+from examples.large_table import __main__ as large_table
 from experiments import imdb, ncf, word_vectors
 from experiments._runs import RESULTS, Settings, run_all
 

@@ -29,8 +29,8 @@ from examples.common.plots import (
     draw_measure,
     legend,
 )
-from examples.imdb_lazy import CURVES as IMDB_CURVES
-from examples.large_table import ROWS
+from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
+from examples.large_table.__main__ import ROWS
 from experiments import (
     _pages,
     _tuning,

@@ -174,7 +174,7 @@ class Comparison:
         title = f"{self._data.source} ({keras.backend.backend()})"
         figure.suptitle(title, fontsize=11)
         legend(figure, accuracy)
-        figure.savefig(self._folder / "curves.png", dpi=150)
+        figure.savefig(self._folder / "curves.png", dpi=100)
 
     def _table(self) -> Table:
         """A line an optimizer, means over seeds, the best accuracy in bold."""
