@@ -998,7 +998,9 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
 
 def pages() -> list[Path]:
     """List the pages that may have marks in them."""
-    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+    root = DOCS.parent
+    examples = sorted((root / "examples").rglob("README.md"))
+    return [root / "README.md", *examples, *sorted(DOCS.rglob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
