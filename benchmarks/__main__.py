@@ -15,7 +15,7 @@ from benchmarks._measure import Bench, Effort, Figure, Variant
 from benchmarks._peers import NotMeasured
 from benchmarks._report import Line, Point, Report
 from benchmarks._workers import ROOT, Workers
-from workbench.options import add_output
+from examples.common.options import add_output
 
 BACKENDS = ("tensorflow", "jax", "torch")
 FULL = Effort(seconds=10, rounds=(7, 200), processes=3, compilations=7)

@@ -25,8 +25,8 @@ from benchmarks import _hlo
 from benchmarks.workers import _fit
 from benchmarks.workers._optimizers import build_model
 from benchmarks.workers._problem import Problem
-from workbench.options import add_output
-from workbench.record import environment, write_json
+from examples.common.options import add_output
+from examples.common.record import environment, write_json
 
 # Rows of the table that is really made: a number that no other dimension has.
 STAND_IN = 997

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from benchmarks._goals import Goal
 from benchmarks._measure import Figure, Variant, summary
-from workbench.plots import BLACK, BLUE, ORANGE, SKY, Curve
-from workbench.record import machine, write_json
+from examples.common.plots import BLACK, BLUE, ORANGE, SKY, Curve
+from examples.common.record import machine, write_json
 
 CURVES = {
     "Adam": Curve("Keras Adam", BLACK),

@@ -23,8 +23,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from workbench.options import add_output, positive_float
-from workbench.record import machine, write_json
+from examples.common.options import add_output, positive_float
+from examples.common.record import machine, write_json
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("jax", "torch")

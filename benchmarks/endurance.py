@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks._alive import COUNTERS
 from benchmarks.workers._serve import resident
+from examples.common.options import add_output, positive_int
+from examples.common.record import environment, write_json
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-from workbench.options import add_output, positive_int
-from workbench.record import environment, write_json
 
 BACKEND = keras.backend.backend()
 OPTIMIZER = "Lookahead(LazyOptimizer(Adam))"

@@ -14,9 +14,9 @@ import keras
 from benchmarks.workers import _fit
 from benchmarks.workers._optimizers import build_model
 from benchmarks.workers._problem import Problem
+from examples.common.options import add_output, positive_int
+from examples.common.record import environment, write_json
 from keras_lookahead_lazy import Insight
-from workbench.options import add_output, positive_int
-from workbench.record import environment, write_json
 
 OPTIMIZER = "Lookahead(Lazy decay)"
 

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from benchmarks._goals import TITLES, Goal, Sizes, goals
 from benchmarks.reliability import _table
+from examples.common.plots import BLACK, BLUE, Curve, legend
 from experiments import _pages
 from experiments._pages import Table
-from workbench.plots import BLACK, BLUE, Curve, legend
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,9 +15,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from examples.imdb_lazy import build_optimizer
+from examples.common.plots import SKY, Curve
+from experiments._optimizers import build_optimizer
 from keras_lookahead_lazy import LazyOptimizer, _decay_rates
-from workbench.plots import SKY, Curve
 
 
 class CorrectedAdam(keras.optimizers.Adam):

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from workbench.options import add_trainings, positive_int, refuse
-from workbench.record import environment, write_json
-from workbench.sources import Data, DataError
+from examples.common.options import add_trainings, positive_int, refuse
+from examples.common.record import environment, write_json
+from examples.common.sources import Data, DataError
 
 RESULTS = Path(__file__).parent / "results"
 

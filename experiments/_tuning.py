@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from examples.common.options import positive_float
+from examples.common.sources import DataError
 from experiments._runs import Record, Settings, read
-from workbench.options import positive_float
-from workbench.sources import DataError
 
 SEED = 0  # of the sweep
 PARTS = ("tune", "compare")

@@ -19,6 +19,9 @@ import keras
 import numpy as np
 from keras import layers
 
+from examples.common import cifar as pictures
+from examples.common.comparison import epochs_of
+from examples.common.sources import Data, DataError
 from experiments._runs import (
     Measure,
     Progress,
@@ -33,9 +36,6 @@ from experiments._runs import (
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
-from workbench import cifar as pictures
-from workbench.comparison import epochs_of
-from workbench.sources import Data, DataError
 
 LEARNING_RATE, MOMENTUM = 0.1, 0.9  # where the other one is varied
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from examples import large_table
+from examples.common import imdb as reviews
+from examples.common.options import add_output
+from examples.common.sources import Data
+from examples.large_table import __main__ as large_table
 from experiments import imdb, ncf, word_vectors
 from experiments._runs import RESULTS, Settings, run_all
-from workbench import imdb as reviews
-from workbench.options import add_output
-from workbench.sources import Data
 
 Batches = Iterator[list[np.ndarray]]  # the rows of each table, a step after the other
 

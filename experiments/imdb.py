@@ -13,13 +13,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from examples import imdb_lazy
+from examples.common import imdb as reviews
+from examples.common.comparison import EpochTimer, epochs_of
+from examples.common.options import add_optimizers
+from examples.common.sources import Data
+from examples.imdb_lazy import __main__ as imdb_lazy
+from experiments._optimizers import build_optimizer
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import SlowWeights
-from workbench import imdb as reviews
-from workbench.comparison import EpochTimer, epochs_of
-from workbench.options import add_optimizers
-from workbench.sources import Data
 
 EPOCHS, BATCH_SIZE = 8, 32
 # A step in so many is measured; coprime with k, so that syncs are seen as often as
@@ -107,7 +108,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return what each epoch measured, with Lookahead on both weights."""
     model = imdb_lazy.build_model(tokens=data.x_train.shape[1])
     model.compile(
-        optimizer=imdb_lazy.build_optimizer(settings["optimizer"]),
+        optimizer=build_optimizer(settings["optimizer"]),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )

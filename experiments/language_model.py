@@ -18,6 +18,9 @@ import keras
 import numpy as np
 from keras import layers
 
+from examples.common import imdb as reviews
+from examples.common.options import add_optimizers
+from examples.common.sources import Data, DataError
 from experiments._runs import (
     Progress,
     Record,
@@ -30,9 +33,6 @@ from experiments._runs import (
     run_all,
 )
 from keras_lookahead_lazy import Lookahead, SlowWeights
-from workbench import imdb as reviews
-from workbench.options import add_optimizers
-from workbench.sources import Data, DataError
 
 K, ALPHA = 5, 0.5
 LEARNING_RATES = {

@@ -1,6 +1,6 @@
 """Adam and LazyOptimizer on a table of millions of rows: accuracy over seconds.
 
-The model is that of `examples/large_table.py`: fastText's classifier, on real reviews.
+The model is that of `examples/large_table`: fastText's classifier, on real reviews.
 """
 
 import argparse
@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from examples import large_table
-from examples.imdb_lazy import build_optimizer
-from experiments._runs import Progress, Settings, add_options, run_all
-from workbench import imdb as reviews
-from workbench.comparison import EpochTimer, add_trained_seconds, epochs_of
-from workbench.options import (
+from examples.common import imdb as reviews
+from examples.common.comparison import EpochTimer, add_trained_seconds, epochs_of
+from examples.common.options import (
     add_optimizers,
     add_size,
     positive_float,
     positive_int,
 )
-from workbench.plots import GREY, Curve
-from workbench.sources import Data
+from examples.common.plots import GREY, Curve
+from examples.common.sources import Data
+from examples.large_table import __main__ as large_table
+from experiments._optimizers import build_optimizer
+from experiments._runs import Progress, Settings, add_options, run_all
 
 BATCH_SIZE = large_table.BATCH_SIZE
 EPSILON = 1e-7  # Keras's; torch has 1e-8

@@ -17,13 +17,13 @@ import keras
 import numpy as np
 from keras import layers
 
+from examples.common.comparison import add_trained_seconds
+from examples.common.options import add_optimizers, positive_int
+from examples.common.plots import BLACK, BLUE, GREY, ORANGE, Curve
+from examples.common.sources import Data, DataError, one_line
 from experiments import _candidates, _tuning
 from experiments._runs import Settings, add_options, run_all
 from keras_lookahead_lazy import Lookahead
-from workbench.comparison import add_trained_seconds
-from workbench.options import add_optimizers, positive_int
-from workbench.plots import BLACK, BLUE, GREY, ORANGE, Curve
-from workbench.sources import Data, DataError, one_line
 
 # The sizes of the authors' published code.
 FACTORS, MLP_WIDTH, MLP_UNITS = 8, 32, (32, 16, 8)

@@ -19,8 +19,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.imdb_lazy import CURVES as IMDB_CURVES
-from examples.large_table import ROWS
+from examples.common.plots import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    Curve,
+    Epochs,
+    draw_measure,
+    legend,
+)
+from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
+from examples.large_table.__main__ import ROWS
 from experiments import (
     _pages,
     _tuning,
@@ -34,16 +44,6 @@ from experiments._intervals import mean_interval
 from experiments._pages import Table
 from experiments._runs import RESULTS, Record, read
 from experiments.large_table import CURVES as TABLE_CURVES
-from workbench.plots import (
-    BLACK,
-    BLUE,
-    GREY,
-    ORANGE,
-    Curve,
-    Epochs,
-    draw_measure,
-    legend,
-)
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"
@@ -998,7 +998,9 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
 
 def pages() -> list[Path]:
     """List the pages that may have marks in them."""
-    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+    root = DOCS.parent
+    examples = sorted((root / "examples").rglob("README.md"))
+    return [root / "README.md", *examples, *sorted(DOCS.rglob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,13 +18,13 @@ import keras
 import numpy as np
 from keras import layers
 
+from examples.common.comparison import add_trained_seconds
+from examples.common.options import add_optimizers, positive_int
+from examples.common.plots import BLACK, BLUE, GREY, ORANGE, Curve
+from examples.common.sources import Data, read_npz
 from experiments import _candidates, _tuning
 from experiments._runs import Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import LazyOptimizer
-from workbench.comparison import add_trained_seconds
-from workbench.options import add_optimizers, positive_int
-from workbench.plots import BLACK, BLUE, GREY, ORANGE, Curve
-from workbench.sources import Data, read_npz
 
 WIDTH = 32
 WINDOW, NEGATIVES = 5, 5

@@ -283,7 +283,7 @@ def test_a_search_over_k_and_alpha(capsys, monkeypatch):
     pytest.importorskip("keras_tuner")
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    from examples import search_k_alpha
+    from examples.search_k_alpha import __main__ as search_k_alpha
 
     tuner = search_k_alpha.search(trials=3, epochs=1, seed=0)
     for trial in tuner.oracle.get_best_trials(3):

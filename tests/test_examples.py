@@ -11,9 +11,9 @@ for module in ("matplotlib", "rich", "PIL", "sklearn"):
 
 from example_data import write_jpegs  # noqa: E402
 
-from examples import cifar_lookahead as cifar  # noqa: E402
-from examples import imdb_lazy as imdb  # noqa: E402
-from examples import large_table  # noqa: E402
+from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
+from examples.imdb_lazy import __main__ as imdb  # noqa: E402
+from examples.large_table import __main__ as large_table  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

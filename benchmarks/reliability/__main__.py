@@ -22,7 +22,7 @@ from benchmarks import _peers
 from benchmarks._peers import NotMeasured
 from benchmarks.reliability import _table
 from benchmarks.reliability._properties import PROPERTIES, ROOT
-from workbench.options import add_output
+from examples.common.options import add_output
 
 Environment = tuple[str, dict[str, str]]  # a Python, and variables
 

@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from benchmarks.workers._serve import resident
-from workbench.record import machine, write_json
-from workbench.sources import one_line
+from examples.common.record import machine, write_json
+from examples.common.sources import one_line
 
 ROOT = Path(__file__).parents[2]
 ROWS, WIDTH, SAMPLED, UNITS = 12, 4, 4, 3

@@ -21,8 +21,8 @@ from benchmarks.reliability._properties import (
     Setup,
     Way,
 )
+from examples.common.record import environment
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-from workbench.record import environment
 
 BACKEND = keras.backend.backend()
 TITLE = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}[BACKEND]

@@ -13,8 +13,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from examples.common import imdb
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-from workbench import imdb
 
 Options = argparse.Namespace
 

@@ -18,11 +18,11 @@ for module in ("matplotlib", "rich", "PIL", "sklearn"):
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
-from examples import cifar_lookahead as cifar  # noqa: E402
-from examples import imdb_lazy as imdb  # noqa: E402
-from workbench import cifar as cifar_data  # noqa: E402
-from workbench import imdb as imdb_data  # noqa: E402
-from workbench import record, sources  # noqa: E402
+from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
+from examples.common import cifar as cifar_data  # noqa: E402
+from examples.common import imdb as imdb_data  # noqa: E402
+from examples.common import record, sources  # noqa: E402
+from examples.imdb_lazy import __main__ as imdb  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {"imdb_lazy": imdb, "cifar_lookahead": cifar}

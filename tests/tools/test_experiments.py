@@ -13,6 +13,10 @@ for module in ("matplotlib", "rich", "PIL", "sklearn"):
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
 
+from examples.common import cifar as cifar_data  # noqa: E402
+from examples.common import imdb as imdb_data  # noqa: E402
+from examples.common import record as recording  # noqa: E402
+from examples.common.sources import Data, DataError  # noqa: E402
 from experiments import (  # noqa: E402
     _runs,
     cifar,
@@ -23,10 +27,6 @@ from experiments import (  # noqa: E402
     report,
 )
 from experiments._intervals import mean_interval, next_interval  # noqa: E402
-from workbench import cifar as cifar_data  # noqa: E402
-from workbench import imdb as imdb_data  # noqa: E402
-from workbench import record as recording  # noqa: E402
-from workbench.sources import Data, DataError  # noqa: E402
 
 TINY = cifar.ImageScale(
     filters=[4, 8],

@@ -11,8 +11,8 @@ for module in ("matplotlib", "rich", "scipy", "pyarrow"):
 
 from example_data import write_ratings  # noqa: E402
 
+from examples.common.sources import DataError  # noqa: E402
 from experiments import _runs, gaps, ncf, report  # noqa: E402
-from workbench.sources import DataError  # noqa: E402
 
 
 @pytest.fixture

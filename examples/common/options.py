@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from workbench.sources import one_line
+from examples.common.sources import one_line
 
 
 def add_comparison(

@@ -1,7 +1,4 @@
-"""Search Lookahead's `k` and `alpha` with KerasTuner: handwritten digits, 12 trials.
-
-`python -m examples.search_k_alpha` takes about a minute on two CPU cores.
-"""
+"""Search Lookahead's `k` and `alpha` with KerasTuner, on handwritten digits."""
 
 import argparse
 import tempfile
@@ -15,7 +12,7 @@ from keras_lookahead_lazy import Lookahead, SlowWeights
 
 
 def build_model(choices: keras_tuner.HyperParameters) -> keras.Model:
-    """A small network, compiled with what the tuner chose."""
+    """Build a small network, compiled with what the tuner chose."""
     inner = keras.optimizers.SGD(
         choices.Float("learning_rate", 0.01, 1.0, sampling="log"), momentum=0.9
     )
@@ -40,7 +37,7 @@ def build_model(choices: keras_tuner.HyperParameters) -> keras.Model:
 
 
 def search(trials: int, epochs: int, seed: int) -> keras_tuner.Tuner:
-    """Train and validate each trial on the digits; validation is on slow weights."""
+    """Train each trial on the digits, and validate it on the slow weights."""
     digits = load_digits()
     x, y = digits.data / 16, digits.target
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +60,7 @@ def search(trials: int, epochs: int, seed: int) -> keras_tuner.Tuner:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Search, and print the trials, the best first."""
+    """Search, and print the trials, the best one first."""
     parser = argparse.ArgumentParser("search_k_alpha", description=__doc__)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=10)

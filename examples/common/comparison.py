@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from workbench.plots import Curve, draw_measure, legend
-from workbench.record import environment, write_json
-from workbench.sources import Data
+from examples.common.plots import Curve, draw_measure, legend
+from examples.common.record import environment, write_json
+from examples.common.sources import Data
 
 
 class EpochTimer(keras.callbacks.Callback):
@@ -174,7 +174,7 @@ class Comparison:
         title = f"{self._data.source} ({keras.backend.backend()})"
         figure.suptitle(title, fontsize=11)
         legend(figure, accuracy)
-        figure.savefig(self._folder / "curves.png", dpi=150)
+        figure.savefig(self._folder / "curves.png", dpi=100)
 
     def _table(self) -> Table:
         """A line an optimizer, means over seeds, the best accuracy in bold."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from workbench.sources import Data, DataError, cached, choose, download, read_npz
+from examples.common.sources import Data, DataError, cached, choose, download, read_npz
 
 NUM_WORDS = 20_000
 TOKENS = 80

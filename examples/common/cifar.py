@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from workbench.sources import (
+from examples.common.sources import (
     Data,
     DataError,
     attempt,

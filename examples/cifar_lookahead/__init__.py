@@ -1,0 +1,1 @@
+"""SGD and Adam, each with and without Lookahead, on a convolutional network."""

@@ -1,0 +1,1 @@
+"""Adam, LazyOptimizer and Lookahead on an LSTM that reads film reviews."""

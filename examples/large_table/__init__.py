@@ -1,0 +1,1 @@
+"""Adam, LazyOptimizer and Lookahead on a table of two million rows."""

@@ -1,0 +1,1 @@
+"""A search over Lookahead's `k` and `alpha` with KerasTuner."""
