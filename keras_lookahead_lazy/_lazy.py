@@ -417,7 +417,7 @@ class LazyOptimizer(OptimizerWrapper):
                 sums = _keras.accumulator(inner, weight)
                 sums.assign(sums.value + gradient)
             elif key in self._taken:
-                look_ups = self._taken[key].indices.shape[0]
+                look_ups = engine.fixed_length(self._taken[key].indices)
                 accumulator.add_rows(self._taken[key]._replace(sums=gradient))
                 sizes[key] = accumulator.size(look_ups, steps)
                 are_known &= accumulator.has_rows(sizes[key])

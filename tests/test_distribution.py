@@ -14,7 +14,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, make_data, make_model, run_python
+from harness import BACKEND, assert_agree, make_data, make_model, run_python
 from traffic import note_layouts
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
@@ -162,6 +162,54 @@ def gradients_stay_sparse():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 def test_gradients_stay_sparse_through_the_all_reduce():
     run_python(__file__, "gradients_stay_sparse", one_backend=True)
+
+
+def replicas_clip_their_sums(setting, bound):
+    """Each replica looks up another number of different rows, and clips its sums."""
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    rows, width, batch, rate = 40, 2, 8, 0.5
+    random = np.random.default_rng(0)
+    ids = random.integers(0, rows, (5 * batch, 3)).astype("int32")
+    ids[::2] = ids[::2] // 8  # with many duplicates, in one replica more than in others
+    ids[: batch // 2] = 7
+    y = random.normal(size=(len(ids), width)).astype("float32")
+
+    with strategy.scope():
+        table = keras.layers.Embedding(rows, width)
+        model = keras.Sequential([table, keras.layers.GlobalAveragePooling1D()])
+        inner = keras.optimizers.SGD(rate, **{setting: float(bound)})
+        model.compile(LazyOptimizer(inner), "mse")
+        model.build((None, 3))
+        weights = np.array(table.get_weights()[0], "float64")
+        model.fit(ids, y, batch_size=batch, shuffle=False, verbose=0)
+
+    for start in range(0, len(ids), batch):
+        total = np.zeros_like(weights)
+        for half in range(2):
+            part = slice(start + half * batch // 2, start + (half + 1) * batch // 2)
+            error = weights[ids[part]].mean(1) - y[part]
+            gradient = np.zeros_like(weights)
+            each = 2 * error / (batch * width) / ids.shape[1]
+            np.add.at(gradient, ids[part], each[:, np.newaxis])
+            if setting == "clipvalue":
+                gradient = gradient.clip(-float(bound), float(bound))
+            else:
+                gradient *= min(1, float(bound) / np.linalg.norm(gradient))
+            total += gradient
+        weights -= rate * total
+    assert_agree(model.get_weights(), [weights], 1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.parametrize("setting", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_replicas_clip_their_sums(setting):
+    run_python(__file__, "replicas_clip_their_sums", setting, "0.01", one_backend=True)
 
 
 def no_table_is_gathered(shard):

@@ -11,6 +11,7 @@ from harness import BACKEND, assert_agree, dtype_policy, numpy, tensor
 from whole_tables import whole_results
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
+from keras_lookahead_lazy._accumulation import RowAccumulator
 
 ROWS, WIDTH, BATCH, TOKENS = 4001, 8, 8, 4
 JIT = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[BACKEND]
@@ -172,6 +173,21 @@ def test_accumulation_goes_on_in_mid_cycle(steps, jit, tmp_path):
             second.load_weights(tmp_path / "mid.weights.h5")
     for ours, expected in zip(numpy(second.weights), numpy(whole.weights), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="shapes are fixed")
+def test_accumulation_works_on_rows_however_many_differ(monkeypatch):
+    """Step by step, where a step has as many rows as differ: fewer and fewer here."""
+    monkeypatch.setattr(RowAccumulator, "clear", None)  # of the whole table
+    lazy = LazyOptimizer(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
+    model = make_model(lazy, {}, jit=False)
+    model.run_eagerly = True
+    x, y = make_batches(6)
+    ids = np.arange(BATCH * TOKENS).reshape(BATCH, TOKENS)
+    x[:] = np.stack([ids, ids // 4, ids // 16] * 2)
+    for ids, labels in zip(x, y, strict=True):
+        model.train_on_batch(ids, labels)
+    assert list(lazy.step_forms.values()) == ["rows"]
 
 
 @pytest.mark.parametrize("jit", JIT)

@@ -92,6 +92,9 @@ class Engine(Protocol):
             whole table is better.
         """
 
+    def fixed_length(self, indices: Any) -> int | None:
+        """Return how many rows each step has, or `None` if steps differ."""
+
     def may_join(self, gradient: Any, table: Any) -> bool:
         """Return whether a step on this table works on few enough rows to join them.
 

@@ -100,6 +100,10 @@ def _sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient
     return RowGradient(sums, indices, None)
 
 
+def fixed_length(indices: jax.Array) -> int:
+    return len(indices)
+
+
 def may_join(gradient: Any, table: keras.Variable) -> bool:
     is_by_rows = isinstance(gradient, RowGradient)
     return len(gradient.indices if is_by_rows else gradient) <= LOOK_UPS_PER_ROUND

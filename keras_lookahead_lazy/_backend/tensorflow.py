@@ -79,8 +79,12 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
             return FEW_ROWS
         indices, position, sums = tensorflow_rows.sorted_sums(gradient)
         return RowGradient(sums, indices, position)
-    gradient = sum_duplicates(gradient)
+    gradient = tensorflow_rows.sum_duplicates(gradient, keeps_length=False)
     return RowGradient(gradient.values, gradient.indices, None)
+
+
+def fixed_length(indices: tf.Tensor) -> int | None:
+    return indices.shape[0] if in_xla() else None
 
 
 def may_join(gradient: Any, table: tf.Variable) -> bool:
@@ -100,7 +104,7 @@ def rows_to_join(gradient: Any, table: tf.Variable) -> tuple[Any, tf.Tensor]:
     if in_xla():
         indices, position, sums = tensorflow_rows.sorted_sums(gradient)
         return indices, tf.gather(sums, position)
-    gradient = sum_duplicates(gradient)
+    gradient = tensorflow_rows.sum_duplicates(gradient, keeps_length=False)
     return gradient.indices, gradient.values
 
 
@@ -116,7 +120,9 @@ def whole(gradient: Any) -> Any:
     return gradient
 
 
-sum_duplicates = tensorflow_rows.sum_duplicates
+def sum_duplicates(gradient: Any) -> Any:
+    keeps_length = in_xla() or num_replicas() > 1
+    return tensorflow_rows.sum_duplicates(gradient, keeps_length)
 
 
 # Rows of a table
@@ -155,7 +161,7 @@ def find_rows(
         indices, gradient = rows_to_join(gradient, variables[0])
         return Rows(indices, gradient, sampled(gradient)), read(indices)
     if isinstance(gradient, tf.IndexedSlices):
-        gradient = sum_duplicates(gradient)
+        gradient = tensorflow_rows.sum_duplicates(gradient, keeps_length=False)
         # Rows are read before it is known which are idle, so that both run in parallel.
         sums, indices, *values = tensorflow_rows.without_idle_rows(
             gradient.values, gradient.indices, *read(gradient.indices)

@@ -27,16 +27,21 @@ def has_entries(gradient: tf.Tensor) -> tf.Tensor:
     return tf.reduce_any(gradient != 0, axis=range(1, gradient.shape.rank))
 
 
-def sum_duplicates(gradient: Any) -> Any:
+def sum_duplicates(gradient: Any, keeps_length: bool) -> Any:
     """Return the same gradient with the duplicates of each row summed.
 
-    Keras 2 summed them, but Keras 3 squares duplicates separately. Under XLA, the
-    number of distinct rows cannot be the size of a tensor, so zeros fill the other
-    places. A dense gradient is already a sum.
+    Keras 2 summed them, but Keras 3 squares duplicates separately. A dense gradient is
+    already a sum.
+
+    Args:
+        gradient: of a table.
+        keeps_length: whether there have to be as many slices as before, for XLA, whose
+            shapes are fixed, or for replicas, which gather slices of equal shapes.
+            Zeros fill the places of duplicates then.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
-    if in_xla():
+    if keeps_length:
         indices, position, sums = sorted_sums(gradient)
         values = first_of_each(position, tf.gather(sums, position))
     else:

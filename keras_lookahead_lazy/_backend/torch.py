@@ -65,6 +65,10 @@ def row_gradient(
     return _backend.RowGradient(sums, indices, position)
 
 
+def fixed_length(indices: torch.Tensor) -> None:
+    """Return `None`: on a CPU there are as many rows as differ."""
+
+
 def may_join(gradient: Any, table: keras.Variable) -> bool:
     return isinstance(gradient, _backend.RowGradient)
 
