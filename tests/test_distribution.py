@@ -173,11 +173,9 @@ def replicas_clip_their_sums(setting, bound):
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    rows, width, batch, rate = 40, 2, 8, 0.5
+    rows, width, batch, rate = 10_000, 2, 100, 0.5
     random = np.random.default_rng(0)
-    ids = random.integers(0, rows, (5 * batch, 3)).astype("int32")
-    ids[::2] = ids[::2] // 8  # with many duplicates, in one replica more than in others
-    ids[: batch // 2] = 7
+    ids = random.integers(0, rows, (20 * batch, 10)).astype("int32")
     y = random.normal(size=(len(ids), width)).astype("float32")
 
     with strategy.scope():
@@ -185,7 +183,7 @@ def replicas_clip_their_sums(setting, bound):
         model = keras.Sequential([table, keras.layers.GlobalAveragePooling1D()])
         inner = keras.optimizers.SGD(rate, **{setting: float(bound)})
         model.compile(LazyOptimizer(inner), "mse")
-        model.build((None, 3))
+        model.build((None, ids.shape[1]))
         weights = np.array(table.get_weights()[0], "float64")
         model.fit(ids, y, batch_size=batch, shuffle=False, verbose=0)
 
