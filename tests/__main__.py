@@ -1,7 +1,7 @@
 """Run the tests on one Keras backend after the other: `python -m tests --help`.
 
 Tests of the examples' data, the experiments and the benchmarks (tests/tools) are the
-same on all backends, and run on the first one only.
+same on all backends, and run on the last one only: torch starts soonest.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def main() -> int:
         return 2
     failed = []
     for i, backend in enumerate(backends):
-        which = [] if i == 0 and not options.oldest else [WITHOUT_TOOLS]
+        is_last = i == len(backends) - 1
+        which = [] if is_last and not options.oldest else [WITHOUT_TOOLS]
         if options.quick:
             which = [WITHOUT_TOOLS, f"--quick={i + 1}/{len(backends)}"]
         if run(python, backend, which):
