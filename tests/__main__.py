@@ -1,7 +1,8 @@
 """Run the tests on one Keras backend after the other: `python -m tests --help`.
 
 Tests of the examples' data, the experiments and the benchmarks (tests/tools) are the
-same on all backends, and run on the last one only: torch starts soonest.
+same on all backends, and run on the first one only. Those that run a whole command for
+minutes need `--long`.
 """
 
 import argparse
@@ -33,10 +34,11 @@ def main() -> int:
         return 2
     failed = []
     for i, backend in enumerate(backends):
-        is_last = i == len(backends) - 1
-        which = [] if is_last and not options.oldest else [WITHOUT_TOOLS]
+        which = [] if i == 0 and not options.oldest else [WITHOUT_TOOLS]
         if options.quick:
             which = [WITHOUT_TOOLS, f"--quick={i + 1}/{len(backends)}"]
+        if options.long:
+            which.append("--long")
         if run(python, backend, which):
             failed.append(backend)
     print(f"=== failed: {', '.join(failed)}" if failed else "=== all passed")
@@ -49,6 +51,11 @@ def parse() -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="for daily work: of each test that is not slow one case, on one backend",
+    )
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="also run the tools' commands that take minutes, before a release",
     )
     parser.add_argument(
         "--oldest",

@@ -14,6 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="I/N",
         help="the first case of each test that is not slow, of every N tests the I-th",
     )
+    parser.addoption(
+        "--long", action="store_true", help="also the tests marked as long"
+    )
 
 
 def pytest_collection_modifyitems(
@@ -21,6 +24,9 @@ def pytest_collection_modifyitems(
 ) -> None:
     # Slow ones first: at the end, one that takes long would let other workers wait.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items if not config.getoption("long") else ():
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip("long: python -m tests --long"))
     if (share := config.getoption("quick")) is None:
         return
     turn, turns = map(int, share.split("/"))

@@ -62,6 +62,7 @@ def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
     assert report["workers"] == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_endurance(backend: str, tmp_path: Path) -> None:
     """Nothing grows in a few thousand steps; and what does is seen."""

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import pages
 
+pytestmark = pytest.mark.long
 LAZY = ["Lazy decay", "Lookahead(Lazy decay)"]
 
 

@@ -184,6 +184,7 @@ def test_imdb_command(tmp_path):
     assert 0 <= epoch["slow_val_accuracy"] <= 1
 
 
+@pytest.mark.long
 def test_large_table_command(tmp_path):
     arguments = ["--data", str(write_imdb(tmp_path / "imdb.npz")), "--epochs", "2"]
     arguments += ["--seeds", "4", "--rows", "30000", "--output", str(tmp_path)]
@@ -336,6 +337,7 @@ def test_residual_networks_have_the_weights_that_the_page_says(scale, weights):
     assert sum(int(np.prod(w.shape)) for w in model.trainable_variables) == weights
 
 
+@pytest.mark.long
 def test_cifar_command(tmp_path, monkeypatch):
     augmented = dataclasses.replace(TINY, augment=True, weight_decay=1e-3)
     monkeypatch.setattr(cifar, "SMALL", augmented)
@@ -375,6 +377,7 @@ def test_language_model_of_the_full_scale():
     assert model.output_shape == (None, 79, 20_000)
 
 
+@pytest.mark.long
 def test_tuning_then_comparing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_model, "LEARNING_RATES", {"sgd": (1.0,)})
     source = str(write_imdb(tmp_path / "imdb.npz"))

@@ -138,6 +138,7 @@ def test_lookahead_is_ranked_on_its_slow_weights(data):
     assert np.abs(trainer._logits(inputs) - before).max() > 1e-3
 
 
+@pytest.mark.long
 def test_the_best_rate_of_the_sweep_is_compared(tmp_path, capsys):
     pytest.importorskip("torch")
     path = write_ratings(tmp_path / "ratings.parquet")

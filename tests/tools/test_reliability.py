@@ -162,6 +162,7 @@ SCRIPTS = ["optax", f"lookahead-{BACKEND}"]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_scripts_run(tmp_path: Path) -> None:
     """In processes that are killed, too; and what holds of ours."""
     properties = ["killed", "skipped", "frozen"]

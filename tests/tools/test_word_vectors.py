@@ -119,6 +119,7 @@ def reviews_of_topics(count, random):
     return reviews
 
 
+@pytest.mark.long
 def test_the_best_rate_of_the_sweep_is_compared(tmp_path):
     random = np.random.default_rng(0)
     texts = {name: reviews_of_topics(400, random) for name in ("x_train", "x_test")}
