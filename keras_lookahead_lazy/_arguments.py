@@ -31,9 +31,14 @@ _OWNERS = {
     "k": "Lookahead",
     "alpha": "Lookahead",
     "inner_state": "Lookahead",
+    "outer_optimizer": "Lookahead",
     "embedding_layers": "LazyOptimizer",
     "moments": "LazyOptimizer",
 }
+
+
+class Default(float):
+    """A number that was not given."""
 
 
 def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:

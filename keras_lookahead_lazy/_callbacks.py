@@ -11,7 +11,7 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._arguments import check_type
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
-from keras_lookahead_lazy._lookahead import Lookahead
+from keras_lookahead_lazy._lookahead import DEFAULT_ALPHA, Lookahead
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 
 
@@ -207,7 +207,12 @@ def find_lookahead(model: keras.Model) -> Lookahead:
     )
 
 
-def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
+def inject(
+    model: keras.Model,
+    k: int = 5,
+    alpha: float = DEFAULT_ALPHA,
+    outer_optimizer: keras.Optimizer | str | dict | None = None,
+) -> Lookahead:
     """Add Lookahead to a compiled model.
 
     The model is compiled again with its optimizer inside Lookahead. The optimizer keeps
@@ -227,6 +232,8 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
         k: Int. The number of updates between two syncs. Defaults to `5`.
         alpha: Float in (0, 1]. The step of the slow weights toward the fast ones.
             Defaults to `0.5`.
+        outer_optimizer: A Keras optimizer for the slow weights, instead of `alpha`. See
+            `Lookahead`.
 
     Returns:
         The new `Lookahead`. It is `model.optimizer` or, with float16, inside the
@@ -244,22 +251,24 @@ def inject(model: keras.Model, k: int = 5, alpha: float = 0.5) -> Lookahead:
             "first, or compile it with Lookahead(optimizer) directly."
         )
     arguments: dict[str, Any] = _keras.compile_arguments(model)
-    outer = model.optimizer
-    for each in chain(outer):
+    outermost = model.optimizer
+    for each in chain(outermost):
         if isinstance(each, Lookahead):
             raise ValueError(
                 f"The optimizer of the model {model.name!r} has a Lookahead already, "
                 f"with k={each.k} and alpha={each.alpha}. To use other values, compile "
                 "the model with a new Lookahead(...)."
             )
-    if isinstance(outer, keras.optimizers.LossScaleOptimizer):
-        lookahead = Lookahead(outer.inner_optimizer, k=k, alpha=alpha)
-        outer.inner_optimizer = lookahead
-        arguments["optimizer"] = outer
+    if isinstance(outermost, keras.optimizers.LossScaleOptimizer):
+        lookahead = Lookahead(
+            outermost.inner_optimizer, k, alpha, outer_optimizer=outer_optimizer
+        )
+        outermost.inner_optimizer = lookahead
+        arguments["optimizer"] = outermost
     else:
-        lookahead = Lookahead(outer, k=k, alpha=alpha)
+        lookahead = Lookahead(outermost, k, alpha, outer_optimizer=outer_optimizer)
         arguments["optimizer"] = lookahead
-    if outer.built:
-        lookahead.build(_keras.weights(_keras.innermost(outer)))
+    if outermost.built:
+        lookahead.build(_keras.weights(_keras.innermost(outermost)))
     model.compile(**arguments)
     return lookahead

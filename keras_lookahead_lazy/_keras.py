@@ -31,6 +31,8 @@ from keras.src.utils.tracking import no_automatic_dependency_tracking
 
 __all__ = ["in_stateless_scope", "no_automatic_dependency_tracking"]
 
+# The attribute of Lookahead that holds the optimizer of the slow weights.
+OUTER = "outer_optimizer"
 # Lists of the base class that may have one entry per weight but are not slots.
 _NOT_SLOTS = {
     "_variables",
@@ -452,8 +454,12 @@ def without_accumulation(optimizer: keras.Optimizer) -> Iterator[None]:
 
 
 def own_variables(optimizer: keras.Optimizer) -> list:
-    """Return the variables of an optimizer itself, without those of an inner one."""
-    return list(vars(optimizer)["_variables"])
+    """Return the variables of an optimizer itself, without those of an inner one.
+
+    Those of an outer optimizer, which works beside it, are included.
+    """
+    own, outer = list(vars(optimizer)["_variables"]), vars(optimizer).get(OUTER)
+    return own if outer is None else own + own_variables(outer)
 
 
 def all_variables(optimizer: keras.Optimizer) -> list:

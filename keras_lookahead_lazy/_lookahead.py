@@ -11,13 +11,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lookahead_lazy import _arguments, _keras
+from keras_lookahead_lazy import _arguments, _keras, _outer
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._catch_up import have_moved
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
+DEFAULT_ALPHA = _arguments.Default(0.5)
 INNER_STATES = ("maintain", "interpolate", "reset")
 
 
@@ -27,8 +28,10 @@ class Sync:
 
     alpha: float
 
-    def __call__(self, fast: Any, slow: Any) -> Any:
-        return slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
+    def __call__(self, fast: Any, slow: Any) -> tuple[Any, Any]:
+        """New fast and slow weights."""
+        point = slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
+        return point, point
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -82,20 +85,20 @@ class Lookahead(OptimizerWrapper):
     """
 
     _slow_weights_in: SlowWeightsInModel | None = None
-    _fixed = ("inner_optimizer", "k", "alpha", "inner_state")
+    _fixed = ("inner_optimizer", "k", "alpha", "inner_state", "outer_optimizer")
 
     def __init__(
         self,
         optimizer: keras.Optimizer | str | dict,
         k: int = 5,
-        alpha: float = 0.5,
+        alpha: float = DEFAULT_ALPHA,
         inner_state: str = "maintain",
+        outer_optimizer: keras.Optimizer | str | dict | None = None,
         name: str | None = None,
         **misplaced: Any,
     ) -> None:
         super().__init__(optimizer, name, misplaced)
         self.k = _arguments.check_k(k)
-        self.alpha = _arguments.check_alpha(alpha)
         _arguments.check_choice(
             "inner_state",
             inner_state,
@@ -104,6 +107,9 @@ class Lookahead(OptimizerWrapper):
         )
         _arguments.check_inner_state(inner_state, self._inner)
         self.inner_state = inner_state
+        outer = _outer.get(outer_optimizer, alpha, inner_state, self._inner)
+        self.outer_optimizer = outer
+        self.alpha = _arguments.check_alpha(alpha) if outer is None else None
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables and the slow copies.
@@ -128,8 +134,13 @@ class Lookahead(OptimizerWrapper):
             instead = "inner_state='maintain'"
             weights = _keras.weights(innermost)  # more than now, if some are frozen
             _arguments.check_slots_are_known(setting, innermost, weights, instead)
+        if self.outer_optimizer is not None:
+            tables = [v for v in learned if _keras.key(self, v) in self.moved_rows()]
+            _outer.check_rows(self.outer_optimizer, tables)
         super().build(variables)
         self._make_slow_copies(learned, initial_values)
+        if self.outer_optimizer is not None:
+            self.outer_optimizer.build([slow for _, slow in self._pairs])
 
     @_keras.no_automatic_dependency_tracking
     def _make_slow_copies(self, weights: list, initial_values: list[float]) -> None:
@@ -170,6 +181,8 @@ class Lookahead(OptimizerWrapper):
     def _synced_variables(self) -> list[keras.Variable]:
         """Return the variables that a backup or a sync may write."""
         synced = [v for pair in self._pairs + self._slot_pairs for v in pair]
+        if self.outer_optimizer is not None:
+            synced += _keras.own_variables(self.outer_optimizer)
         if self.inner_state == "maintain":
             return synced
         return synced + self._reset_slots + self.variables_behind()
@@ -181,32 +194,45 @@ class Lookahead(OptimizerWrapper):
         engine.back_up(self._pairs + self._slot_pairs, is_first)
 
     def _sync(self, is_sync: Any, given: set) -> None:
-        """phi := phi + alpha (theta - phi), theta := phi.
+        """phi := phi + alpha (theta - phi), or an outer step; theta := phi.
 
         If a weight was left out of this update, such as a frozen one, its slow copy is
         set to its value. Rows of a lazy table that did not move need no sync, because
         their fast and slow weights are equal. (Nested Lookaheads move rows while the
         others are in mid-cycle, so each of them syncs every row that ever moved.)
         """
-        sync, moved = Sync(self.alpha), self.moved_rows()
-        is_nested = self._is_nested()
-        dense: list[tuple] = []
+        moved, is_nested = self.moved_rows(), self._is_nested()
         left_out: list[tuple] = []
+        in_place = self._slot_pairs.copy()
         for fast, slow in self._pairs:
             key = _keras.key(self, fast)
+            variables, function = self._pull(fast, slow)
             if key not in given:
                 left_out.append((fast, slow))
-            elif key not in moved:
-                dense.append((fast, slow))
-            else:
+            elif key in moved:
                 is_moved = have_moved if is_nested else moved[key].within(self.k)
-                engine.sync_rows((fast, slow, moved[key].last_update), is_moved, sync)
+                last_update = moved[key].last_update
+                engine.update_rows(variables, last_update, is_moved, function)
+            elif isinstance(function, Sync):
+                in_place.append((fast, slow))
+            else:
+                engine.update(variables, function)
         engine.back_up(left_out, is_sync)
         if self.inner_state != "maintain":
             self.catch_up()
-        engine.sync(dense + self._slot_pairs, sync)
+        if in_place:  # with fewer passes over the weights than an update
+            engine.sync(in_place, Sync(self.alpha))
+        if self.outer_optimizer is not None:
+            _outer.count(self.outer_optimizer)
         for slot, value in zip(self._reset_slots, self._initial_values, strict=True):
             engine.update((slot,), functools.partial(_filled, value))
+
+    def _pull(self, fast: keras.Variable, slow: keras.Variable) -> tuple[tuple, Any]:
+        """What the sync of a weight changes, and the function that gives new values."""
+        if self.outer_optimizer is None:
+            return (fast, slow), Sync(self.alpha)
+        step = _outer.OuterStep(self.outer_optimizer, fast, slow)
+        return step.variables, step
 
     def updates_in_cycle(self) -> Any:
         """Return the number of updates since the last sync, or since the start."""
@@ -325,8 +351,15 @@ class Lookahead(OptimizerWrapper):
                 "Compile the model with it, and build or fit the model first."
             )
 
+    def _stored_variables(self) -> list[keras.Variable]:
+        stored, outer = super()._stored_variables(), self.outer_optimizer
+        return stored if outer is None else stored + outer.variables
+
     def _own_settings(self) -> dict[str, Any]:
-        return {"k": self.k, "alpha": self.alpha, "inner_state": self.inner_state}
+        step = {"alpha": self.alpha}
+        if self.outer_optimizer is not None:
+            step = {"outer_optimizer": self.outer_optimizer}
+        return {"k": self.k, **step, "inner_state": self.inner_state}
 
 
 def _filled(value: float, slot: Any) -> tuple:

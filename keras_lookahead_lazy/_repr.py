@@ -28,6 +28,11 @@ def written(optimizer: keras.Optimizer) -> str:
     return call(cls, {**settings, "learning_rate": rate})
 
 
+def setting(value: Any) -> str:
+    """A setting of a wrapper, which may be an optimizer."""
+    return written(value) if isinstance(value, keras.Optimizer) else repr(value)
+
+
 def call(cls: type, arguments: Mapping[str, Any], *first: str) -> str:
     """Return the call of a constructor, with the learning rate as first keyword."""
     named = sorted(arguments.items(), key=lambda item: item[0] != "learning_rate")

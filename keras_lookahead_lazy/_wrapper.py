@@ -289,6 +289,10 @@ class OptimizerWrapper(keras.Optimizer):
     def variables(self) -> list[keras.Variable]:
         """The wrapper's own variables, then those of the inner optimizer."""
         self._make_slots_current()
+        return self._stored_variables()
+
+    def _stored_variables(self) -> list[keras.Variable]:
+        """The same, as they are stored."""
         return super().variables + self._inner.variables
 
     @property
@@ -335,7 +339,7 @@ class OptimizerWrapper(keras.Optimizer):
                 f"{type(self).__name__} is not built, so it has no variables to set "
                 "yet. Call optimizer.build(model.trainable_variables) first."
             )
-        variables = super().variables + self._inner.variables
+        variables = self._stored_variables()
         if len(weights) != len(variables):
             raise ValueError(
                 f"{type(self).__name__} has {len(variables)} variables; received "
@@ -477,7 +481,9 @@ class OptimizerWrapper(keras.Optimizer):
         """Return the nested optimizers as you would write them."""
         try:
             settings = self._own_settings().items()
-            given = {name: repr(value) for name, value in settings if value is not None}
+            given = {
+                n: _repr.setting(value) for n, value in settings if value is not None
+            }
             return _repr.call(type(self), given, _repr.written(self._inner))
         except Exception:  # for example, if the constructor has not finished
             return object.__repr__(self)
@@ -491,7 +497,7 @@ class OptimizerWrapper(keras.Optimizer):
         return {
             "name": self.name,
             "optimizer": _keras.serialize(self._inner),
-            **self._own_settings(),
+            **{n: _serialized(value) for n, value in self._own_settings().items()},
         }
 
     @classmethod
@@ -506,10 +512,17 @@ class OptimizerWrapper(keras.Optimizer):
                 f"{list(config)}."
             )
         config = dict(config)
-        config["optimizer"] = keras.saving.deserialize_keras_object(
-            config["optimizer"], custom_objects=custom_objects
-        )
+        for name in config.keys() & {"optimizer", "outer_optimizer"}:
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects=custom_objects
+            )
         return cls(**config)
+
+
+def _serialized(setting: Any) -> Any:
+    return (
+        _keras.serialize(setting) if isinstance(setting, keras.Optimizer) else setting
+    )
 
 
 def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:

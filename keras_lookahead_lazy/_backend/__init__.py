@@ -235,15 +235,21 @@ class Engine(Protocol):
                 same in place, from its `alpha`.
         """
 
-    def sync_rows(
-        self, group: tuple[Any, Any, Any], is_moved: Callable[[Any], Any], sync: Any
+    def update_rows(
+        self,
+        group: tuple,
+        last_update: keras.Variable,
+        is_moved: Callable[[Any], Any],
+        function: Callable[..., tuple],
     ) -> None:
-        """Apply `sync` to one pair, in the rows that have moved.
+        """Apply `update`, in the rows of some variables that have moved.
 
         Args:
-            group: The fast weights, the slow weights, and the update that last moved
+            group: The fast weights, the slow weights, and what else has an entry for
                 each row.
-            is_moved: Returns a bool vector for the last of these.
+            last_update: The update that last moved each row.
+            is_moved: Returns a bool vector for the value of `last_update`.
+            function: Returns the rows' new values for their old ones.
         """
 
     # The rest

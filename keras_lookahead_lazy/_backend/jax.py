@@ -316,8 +316,9 @@ def run_if(
 
 def update(group: tuple, function: Callable[..., tuple]) -> None:
     values = function(*(variable.value for variable in group))
-    for variable, value in zip(group, values, strict=True):
-        variable.assign(value)
+    for i, (variable, value) in enumerate(zip(group, values, strict=True)):
+        is_used = any(value is other for other in values[:i])
+        variable.assign(_apart(value) if is_used else value)
 
 
 def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
@@ -326,54 +327,57 @@ def back_up(pairs: Sequence[tuple], predicate: Any) -> None:
     If `fast` were only read here, XLA would copy it in every step, to protect it from
     the update that overwrites it in place.
     """
-    for fast, slow in pairs:
-        _assign_both(fast, slow, jnp.where(predicate, fast.value, slow.value))
+    for pair in pairs:
+        update(pair, lambda fast, slow: (jnp.where(predicate, fast, slow),) * 2)
 
 
 def sync(pairs: Sequence[tuple], sync: Callable) -> None:
-    for fast, slow in pairs:
-        _assign_both(fast, slow, sync(fast.value, slow.value))
+    for pair in pairs:
+        update(pair, sync)
 
 
-def _assign_both(fast: keras.Variable, slow: keras.Variable, value: jax.Array) -> None:
-    """Assign a value to both, with separate buffers, because JAX donates them."""
-    fast.assign(value)
-    slow.assign(value if isinstance(value, jax.core.Tracer) else jnp.copy(value))
+def _apart(value: jax.Array) -> jax.Array:
+    """Copy a value that a variable has already, because JAX donates each buffer once."""
+    return value if isinstance(value, jax.core.Tracer) else jnp.copy(value)
 
 
-def sync_rows(
-    group: tuple[Any, Any, Any], is_moved: Callable[[jax.Array], jax.Array], sync: Any
+def update_rows(
+    group: tuple,
+    last_update: keras.Variable,
+    is_moved: Callable[[jax.Array], jax.Array],
+    function: Callable[..., tuple],
 ) -> None:
-    fast, slow = group[0].value, group[1].value
-    moved = is_moved(group[2].value)
+    values = tuple(variable.value for variable in group)
+    moved, count = is_moved(last_update.value), len(values[0])
 
-    def sync_all(fast: jax.Array, slow: jax.Array) -> tuple[jax.Array, jax.Array]:
-        column = moved.reshape(-1, *[1] * (fast.ndim - 1))
-        fast = jnp.where(column, sync(fast, slow), fast)
-        return fast, jnp.where(column, fast, slow)
+    def update_all(*values: jax.Array) -> tuple:
+        column = moved.reshape(-1, *[1] * (values[0].ndim - 1))
+        return tuple(
+            jnp.where(column, new, old)
+            for new, old in zip(function(*values), values, strict=True)
+        )
 
-    if len(fast) < PART_OF_TABLE * ROWS_PER_ROUND:
-        fast, slow = sync_all(fast, slow)
+    if count < PART_OF_TABLE * ROWS_PER_ROUND:
+        values = update_all(*values)
     else:
         total, moved_rows = _numbered(moved)
-        is_many = total > len(fast) // PART_OF_TABLE
+        is_many = total > count // PART_OF_TABLE
 
-        def sync_next(carry: tuple) -> tuple:
-            start, *pair = carry
+        def update_next(carry: tuple) -> tuple:
+            start, *values = carry
             rows = moved_rows(start, ROWS_PER_ROUND)
-            point = sync(*(value.at[rows].get(mode="clip") for value in pair))
-            pair = [value.at[rows].set(point, mode="drop") for value in pair]
-            return start + ROWS_PER_ROUND, *pair
+            new = function(*(value.at[rows].get(mode="clip") for value in values))
+            pairs = zip(values, new, strict=True)
+            values = [value.at[rows].set(rows_, mode="drop") for value, rows_ in pairs]
+            return start + ROWS_PER_ROUND, *values
 
-        start = jnp.where(is_many, total, 0), fast, slow
-        _, fast, slow = jax.lax.while_loop(
-            lambda carry: carry[0] < total, sync_next, start
+        start = jnp.where(is_many, total, 0), *values
+        _, *values = jax.lax.while_loop(
+            lambda carry: carry[0] < total, update_next, start
         )
-        fast, slow = _once_if(is_many, sync_all, (fast, slow))
-    if not isinstance(slow, jax.core.Tracer):
-        slow = jnp.copy(slow)
-    group[0].assign(fast)
-    group[1].assign(slow)
+        values = _once_if(is_many, update_all, tuple(values))
+    for variable, value in zip(group, values, strict=True):
+        variable.assign(value)
 
 
 def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:

@@ -350,44 +350,47 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
     _update_replicas(pairs, sync_replica)
 
 
-def sync_rows(
-    group: tuple[Any, Any, Any], is_moved: Callable[[tf.Tensor], tf.Tensor], sync: Any
+def update_rows(
+    group: tuple,
+    last_update: keras.Variable,
+    is_moved: Callable[[tf.Tensor], tf.Tensor],
+    function: Callable[..., tuple],
 ) -> None:
-    def sync_replica(
-        fast: tf.Variable, slow: tf.Variable, last_update: tf.Variable
-    ) -> None:
-        moved = is_moved(tf.convert_to_tensor(last_update))
+    def update_replica(last_update: tf.Variable, *variables: tf.Variable) -> None:
+        moved, length = (
+            is_moved(tf.convert_to_tensor(last_update)),
+            last_update.shape[0],
+        )
 
-        def points(rows: tf.Tensor | None) -> tf.Tensor:
-            return sync(read_rows(fast, rows), read_rows(slow, rows))
+        def read(rows: tf.Tensor | None) -> list:
+            return [read_rows(variable, rows) for variable in variables]
 
-        def sync_those(rows: tf.Tensor) -> None:
-            point = points(rows)
-            write_rows([fast, slow], rows, [point, point])
+        def update_those(rows: tf.Tensor) -> None:
+            write_rows(variables, rows, function(*read(rows)))
 
-        def sync_all() -> None:
-            column = tf.reshape(moved, [-1] + [1] * (fast.shape.rank - 1))
-            point = points(None)
-            new = [tf.where(column, point, read_rows(v, None)) for v in (fast, slow)]
-            write_rows([fast, slow], None, new)
+        def update_all() -> None:
+            column = tf.reshape(moved, [-1] + [1] * (variables[0].shape.rank - 1))
+            old = read(None)
+            pairs = zip(function(*old), old, strict=True)
+            write_rows(variables, None, [tf.where(column, *pair) for pair in pairs])
 
-        def sync_few() -> None:
-            tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, sync_those)
+        def update_few() -> None:
+            tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, update_those)
 
         if not in_xla():
             halves = tensorflow_rows.positions(moved)
-            new = [points(rows) for rows in halves]  # read all before writing any
-            for rows, point in zip(halves, new, strict=True):
-                write_rows([fast, slow], rows, [point, point])
-        elif fast.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
-            sync_all()
+            new = [function(*read(rows)) for rows in halves]  # read all before writing
+            for rows, values in zip(halves, new, strict=True):
+                write_rows(variables, rows, values)
+        elif length < PART_OF_TABLE * ROWS_PER_ROUND:
+            update_all()
         else:
             count = tf.reduce_sum(tf.cast(moved, "int32"))
-            is_many = count > fast.shape[0] // PART_OF_TABLE
-            tensorflow_rows.run_if(is_many, sync_all)
-            tensorflow_rows.run_if(~is_many, sync_few)
+            is_many = count > length // PART_OF_TABLE
+            tensorflow_rows.run_if(is_many, update_all)
+            tensorflow_rows.run_if(~is_many, update_few)
 
-    _update_replicas([group], sync_replica)
+    _update_replicas([(last_update, *group)], update_replica)
 
 
 # The rest

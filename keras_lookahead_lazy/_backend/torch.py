@@ -244,7 +244,8 @@ def run_if(predicate: Any, function: Callable[[], None], variables: Sequence) ->
 
 
 def update(group: tuple, function: Callable[..., tuple]) -> None:
-    values = function(*(read_rows(variable, None) for variable in group))
+    # No copies of the old values: all new ones are there before the first is written.
+    values = function(*(variable.value.detach() for variable in group))
     write_rows(group, None, values)
 
 
@@ -265,22 +266,22 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
 
 
 @torch.no_grad()
-def sync_rows(
-    group: tuple[Any, Any, Any],
+def update_rows(
+    group: tuple,
+    last_update: keras.Variable,
     is_moved: Callable[[torch.Tensor], torch.Tensor],
-    sync: Any,
+    function: Callable[..., tuple],
 ) -> None:
-    fast, slow, last_update = group
     moved = is_moved(last_update.value)
     if _is_on_host(moved):
         for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
-            point = sync(read_rows(fast, rows), read_rows(slow, rows))
-            write_rows([fast, slow], rows, [point, point])
+            new = function(*(read_rows(variable, rows) for variable in group))
+            write_rows(group, rows, new)
         return
-    moved = moved.reshape(-1, *[1] * (fast.value.ndim - 1))
-    point = torch.where(moved, sync(fast.value, slow.value), fast.value)
-    slow.assign(torch.where(moved, point, slow.value))
-    fast.assign(point)
+    column = moved.reshape(-1, *[1] * (group[0].value.ndim - 1))
+    old = [variable.value for variable in group]
+    new = [torch.where(column, *p) for p in zip(function(*old), old, strict=True)]
+    write_rows(group, None, new)
 
 
 # The rest
