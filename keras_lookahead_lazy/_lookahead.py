@@ -71,17 +71,28 @@ class Lookahead(OptimizerWrapper):
             with slow copies of their own and the same `alpha`, and `"reset"` sets
             them to their initial value. Step counters continue in all three, and
             with them schedules and bias correction. Defaults to `"maintain"`.
+        outer_optimizer: Keras optimizer instance, its name or its config. If given,
+            each sync is a step of this optimizer on the slow weights, with the
+            pseudo-gradient \(\phi - \theta\), and then \(\theta
+            \leftarrow \phi\). `SGD(0.7, momentum=0.9, nesterov=True)` makes this
+            SNOO, and `SGD(alpha)` is Lookahead itself. Its learning rate takes the
+            place of `alpha`, and its schedule counts syncs. In the tables of a
+            `LazyOptimizer` inside, the rows that the cycle has moved get the outer
+            step; other rows and their outer slots stay as they are. Defaults to `None`.
         name: String. The name of the optimizer. Defaults to `None`, in which case
             Keras chooses one.
 
     Raises:
         TypeError: If `optimizer` is not a Keras optimizer, or if an argument of the
             inner optimizer is passed to `Lookahead`.
-        ValueError: If `k`, `alpha` or `inner_state` is out of range, or, in `build`,
+        ValueError: If `k`, `alpha` or `inner_state` is out of range, if `alpha` or
+            `inner_state="interpolate"` stands beside `outer_optimizer`, or, in `build`,
             if `inner_state` cannot find the inner optimizer's slots.
 
-    Reference: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
-    1 step back", NeurIPS 2019, arXiv:1907.08610.
+    References: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward,
+    1 step back", NeurIPS 2019, arXiv:1907.08610. The outer optimizer: Douillard et
+    al., "DiLoCo", 2023, arXiv:2311.08105, and Kallusky et al., "SNOO", 2025,
+    arXiv:2510.15830.
     """
 
     _slow_weights_in: SlowWeightsInModel | None = None

@@ -70,15 +70,17 @@ def test_a_sync_of_rows(rows, moved, mode):
     chosen = np.random.default_rng(4).permutation(rows)[: min(moved, rows)]
     last_update[chosen] = 9
     before = arrays(group)
-    group.append(keras.Variable(last_update, dtype="int32", trainable=False))
+    last = keras.Variable(last_update, dtype="int32", trainable=False)
     predicate = (
         True if keras.backend.backend() == "torch" else ops.convert_to_tensor(True)
     )
-    sync = functools.partial(engine.sync_rows, group, lambda last: last > 8, Sync(0.4))
-    run(lambda: engine.run_if(predicate, sync, group[:2]), group, mode)
+    sync = functools.partial(
+        engine.update_rows, group, last, lambda last: last > 8, Sync(0.4)
+    )
+    run(lambda: engine.run_if(predicate, sync, group), [*group, last], mode)
     point = before[1] + 0.4 * (before[0] - before[1])
     idle = np.setdiff1d(np.arange(rows), chosen)
-    for value, old in zip(arrays(group[:2]), before, strict=True):
+    for value, old in zip(arrays(group), before, strict=True):
         np.testing.assert_allclose(value[chosen], point[chosen], rtol=2e-7, atol=2e-7)
         np.testing.assert_array_equal(value[idle], old[idle])
 

@@ -337,7 +337,7 @@ def sync(pairs: Sequence[tuple], sync: Callable) -> None:
 
 
 def _apart(value: jax.Array) -> jax.Array:
-    """Copy a value that a variable has already, because JAX donates each buffer once."""
+    """Copy what a variable has already, because JAX donates each buffer once."""
     return value if isinstance(value, jax.core.Tracer) else jnp.copy(value)
 
 
