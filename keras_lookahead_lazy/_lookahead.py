@@ -119,8 +119,8 @@ class Lookahead(OptimizerWrapper):
         _arguments.check_inner_state(inner_state, self._inner)
         self.inner_state = inner_state
         outer = _outer.get(outer_optimizer, alpha, inner_state, self._inner)
-        self.outer_optimizer = outer
-        self.alpha = _arguments.check_alpha(alpha) if outer is None else None
+        self.outer_optimizer: Any = outer
+        self.alpha: Any = _arguments.check_alpha(alpha) if outer is None else None
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Create the inner optimizer's variables and the slow copies.

@@ -372,10 +372,10 @@ def update_rows(
             return start + ROWS_PER_ROUND, *values
 
         start = jnp.where(is_many, total, 0), *values
-        _, *values = jax.lax.while_loop(
+        _, *updated = jax.lax.while_loop(
             lambda carry: carry[0] < total, update_next, start
         )
-        values = _once_if(is_many, update_all, tuple(values))
+        values = _once_if(is_many, update_all, tuple(updated))
     for variable, value in zip(group, values, strict=True):
         variable.assign(value)
 

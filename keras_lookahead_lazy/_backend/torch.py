@@ -275,8 +275,8 @@ def update_rows(
     moved = is_moved(last_update.value)
     if _is_on_host(moved):
         for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
-            new = function(*(read_rows(variable, rows) for variable in group))
-            write_rows(group, rows, new)
+            values = function(*(read_rows(variable, rows) for variable in group))
+            write_rows(group, rows, values)
         return
     column = moved.reshape(-1, *[1] * (group[0].value.ndim - 1))
     old = [variable.value for variable in group]
