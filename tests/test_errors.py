@@ -52,7 +52,7 @@ class Fixed(keras.optimizers.Adam):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_setting_is_recommended_only_where_it_exists(wrapper):
     arguments = {
-        Lookahead: "optimizer, k, alpha, inner_state, name",
+        Lookahead: "optimizer, k, alpha, inner_state, outer_optimizer, name",
         LazyOptimizer: "optimizer, embedding_layers, moments, name",
     }[wrapper]
     for inner, setting, accepted in (

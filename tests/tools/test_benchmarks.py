@@ -19,6 +19,7 @@ def run(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "benchmarks.json").read_text())
 
 
+@pytest.mark.long
 def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     report = run(tmp_path, "--backends", "torch", "--no-peers")
     measured = [g for g in report["goals"] if g["measured"] is not None]
