@@ -45,7 +45,9 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     assert {name.split()[0] for name in report["workers"]} == {"torch"}
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("tensorflow", marks=pytest.mark.long), "jax"]
+)
 def test_the_other_backends_measure(backend: str, tmp_path: Path) -> None:
     """A whole `fit`, on two devices, too, single steps, and bare operations."""
     names = ["fit-setups-mirrored-*", "fit-setups-model-parallel-*"]
