@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_lookahead_lazy import _arguments, _keras, _outer
-from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._backend import MovedTable, engine
 from keras_lookahead_lazy._catch_up import have_moved
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
@@ -159,6 +159,9 @@ class Lookahead(OptimizerWrapper):
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
+        placed = {_keras.key(self, w): w for w in weights}
+        tables = placed.keys() & self.moved_rows()
+        self._places = {key: engine.placement(placed[key]) for key in tables}
         self._slot_pairs, self._reset_slots = [], []
         self._initial_values = initial_values
         if self.inner_state == "interpolate":
@@ -214,6 +217,7 @@ class Lookahead(OptimizerWrapper):
         """
         moved, is_nested = self.moved_rows(), self._is_nested()
         left_out: list[tuple] = []
+        tables: dict[Any, list[MovedTable]] = {}
         in_place = self._slot_pairs.copy()
         for fast, slow in self._pairs:
             key = _keras.key(self, fast)
@@ -223,12 +227,15 @@ class Lookahead(OptimizerWrapper):
             elif key in moved:
                 is_moved = have_moved if is_nested else moved[key].within(self.k)
                 last_update = moved[key].last_update
-                engine.update_rows(variables, last_update, is_moved, function)
+                table = MovedTable(variables, last_update, is_moved, function)
+                tables.setdefault(self._places[key], []).append(table)
             elif isinstance(function, Sync):
                 in_place.append((fast, slow))
             else:
                 engine.update(variables, function)
         engine.back_up(left_out, is_sync)
+        for together in tables.values():
+            engine.update_rows(together)
         if self.inner_state != "maintain":
             self.catch_up()
         if in_place:  # with fewer passes over the weights than an update

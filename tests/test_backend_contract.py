@@ -8,7 +8,7 @@ import pytest
 from harness import MODES
 from keras import ops
 
-from keras_lookahead_lazy._backend import engine
+from keras_lookahead_lazy._backend import MovedTable, engine
 from keras_lookahead_lazy._lookahead import Sync
 
 
@@ -60,29 +60,58 @@ def test_a_sync_in_place(alpha, mode):
             np.testing.assert_allclose(value, point, rtol=2e-7, atol=1e-7)
 
 
+def table_to_sync(rows, moved, seed):
+    """A pair, the update that last moved each row, and the rows that moved lately."""
+    last_update = np.zeros(rows, "int32")
+    chosen = np.random.default_rng(seed).permutation(rows)[: min(moved, rows)]
+    last_update[chosen] = 9
+    last = keras.Variable(last_update, dtype="int32", trainable=False)
+    return pair((rows, 2), seed), last, chosen
+
+
+def check_sync_of_rows(tables, mode):
+    before = [arrays(group) for group, _, _ in tables]
+    predicate = (
+        True if keras.backend.backend() == "torch" else ops.convert_to_tensor(True)
+    )
+    moved = [
+        MovedTable(tuple(group), last, lambda last: last > 8, Sync(0.4))
+        for group, last, _ in tables
+    ]
+    variables = [v for table in moved for v in table.variables]
+    written = [*variables, *(last for _, last, _ in tables)]
+    sync = functools.partial(engine.update_rows, moved)
+    run(lambda: engine.run_if(predicate, sync, variables), written, mode)
+    for (group, last, chosen), old in zip(tables, before, strict=True):
+        point = old[1] + 0.4 * (old[0] - old[1])
+        idle = np.setdiff1d(np.arange(len(point)), chosen)
+        for now, then in zip(arrays(group), old, strict=True):
+            rounding = np.finfo("float32").eps * (abs(old[0]) + abs(old[1]))
+            assert (abs(now - point) <= rounding)[chosen].all()
+            np.testing.assert_array_equal(now[idle], then[idle])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("moved", [0, 3, 5000, 39_999])
 @pytest.mark.parametrize("rows", [7, 40_000, 40_009, 2**17])
 def test_a_sync_of_rows(rows, moved, mode):
     """Fast weights that were updated lately, few or many, of small and large tables."""
-    group = pair((rows, 2), 3)
-    last_update = np.zeros(rows, "int32")
-    chosen = np.random.default_rng(4).permutation(rows)[: min(moved, rows)]
-    last_update[chosen] = 9
-    before = arrays(group)
-    last = keras.Variable(last_update, dtype="int32", trainable=False)
-    predicate = (
-        True if keras.backend.backend() == "torch" else ops.convert_to_tensor(True)
-    )
-    sync = functools.partial(
-        engine.update_rows, group, last, lambda last: last > 8, Sync(0.4)
-    )
-    run(lambda: engine.run_if(predicate, sync, group), [*group, last], mode)
-    point = before[1] + 0.4 * (before[0] - before[1])
-    idle = np.setdiff1d(np.arange(rows), chosen)
-    for value, old in zip(arrays(group), before, strict=True):
-        np.testing.assert_allclose(value[chosen], point[chosen], rtol=2e-7, atol=2e-7)
-        np.testing.assert_array_equal(value[idle], old[idle])
+    check_sync_of_rows([table_to_sync(rows, moved, 3)], mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "moved",
+    [(3, 0, 2, 0), (9, 7000, 4097, 1), (0, 0, 0, 5000), (9, 40_009, 9000, 40_000)],
+)
+def test_a_sync_of_the_rows_of_many_tables(moved, mode):
+    """The rows of the large ones are searched together."""
+    sizes = 9, 40_009, 2**17, 40_000
+    tables = [
+        table_to_sync(rows, count, seed)
+        for seed, (rows, count) in enumerate(zip(sizes, moved, strict=True))
+    ]
+    check_sync_of_rows(tables, mode)
 
 
 def test_a_row_with_any_entry_is_sampled():

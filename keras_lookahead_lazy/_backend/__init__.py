@@ -65,6 +65,24 @@ class RowGradient(NamedTuple):
         return ops.take(self.sums, self.position, axis=0)
 
 
+class MovedTable(NamedTuple):
+    """A table of which the rows that have moved get new values.
+
+    Attributes:
+        variables: The fast weights, the slow weights, and what else has an entry for
+            each row.
+        last_update: Int variable of shape `(vocabulary,)`, the update that last moved
+            each row.
+        is_moved: Returns which rows have moved, for the value of `last_update`.
+        function: Returns the rows' new values for their old ones.
+    """
+
+    variables: tuple[Any, ...]
+    last_update: Any
+    is_moved: Callable[[Any], Any]
+    function: Callable[..., tuple]
+
+
 class Engine(Protocol):
     """A backend. `variable` is a Keras variable, and `values` are native tensors."""
 
@@ -163,7 +181,10 @@ class Engine(Protocol):
         """Split joined rows into parts as long as the given ones."""
 
     def placement(self, variable: keras.Variable) -> Any:
-        """Return a placement; rows of tables with equal placements may be joined."""
+        """Return a placement; rows of tables with equal placements may be joined.
+
+        This can be called in `build`, not in a step.
+        """
 
     def write_list(self, variable: Any, count: Any, values: Any) -> Any:
         """Write ids after the first `count` of a list, as far as there is room.
@@ -235,21 +256,11 @@ class Engine(Protocol):
                 same in place, from its `alpha`.
         """
 
-    def update_rows(
-        self,
-        group: tuple,
-        last_update: keras.Variable,
-        is_moved: Callable[[Any], Any],
-        function: Callable[..., tuple],
-    ) -> None:
-        """Apply `update`, in the rows of some variables that have moved.
+    def update_rows(self, tables: Sequence[MovedTable]) -> None:
+        """Assign new values to the rows of some tables that have moved.
 
         Args:
-            group: The fast weights, the slow weights, and what else has an entry for
-                each row.
-            last_update: The update that last moved each row.
-            is_moved: Returns a bool vector for the value of `last_update`.
-            function: Returns the rows' new values for their old ones.
+            tables: At least one. All have the same `placement`.
         """
 
     # The rest

@@ -19,6 +19,7 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import (
     FEW_ROWS,
     OTHER_PARTS,
+    MovedTable,
     RowGradient,
     Rows,
     jax_gradient,
@@ -38,6 +39,8 @@ ROWS_PER_ROUND = 2048
 # If more than one in this many rows has moved, or if the table is small, a sync works
 # on the whole table.
 PART_OF_TABLE = 8
+# The search for rows that moved counts in so many blocks, and packs so many bits.
+BLOCKS, WORD = 2**12, 32
 
 
 # Lookups and their gradients
@@ -341,43 +344,79 @@ def _apart(value: jax.Array) -> jax.Array:
     return value if isinstance(value, jax.core.Tracer) else jnp.copy(value)
 
 
-def update_rows(
-    group: tuple,
-    last_update: keras.Variable,
-    is_moved: Callable[[jax.Array], jax.Array],
-    function: Callable[..., tuple],
-) -> None:
-    values = tuple(variable.value for variable in group)
-    moved, count = is_moved(last_update.value), len(values[0])
+def update_rows(tables: Sequence[MovedTable]) -> None:
+    """Update small tables as a whole, and search the rows of large ones together.
 
-    def update_all(*values: jax.Array) -> tuple:
-        column = moved.reshape(-1, *[1] * (values[0].ndim - 1))
-        return tuple(
-            jnp.where(column, new, old)
-            for new, old in zip(function(*values), values, strict=True)
-        )
+    One search for many tables is compiled faster than a search for each.
+    """
+    large = []
+    for table in tables:
+        if len(table.last_update.value) >= PART_OF_TABLE * ROWS_PER_ROUND:
+            large.append(table)
+            continue
+        moved = table.is_moved(table.last_update.value)
+        old = [variable.value for variable in table.variables]
+        _assign([table], [_updated(table, moved, old)])
+    if large:
+        _update_large(large)
 
-    if count < PART_OF_TABLE * ROWS_PER_ROUND:
-        values = update_all(*values)
-    else:
-        total, moved_rows = _numbered(moved)
-        is_many = total > count // PART_OF_TABLE
 
-        def update_next(carry: tuple) -> tuple:
-            start, *values = carry
-            rows = moved_rows(start, ROWS_PER_ROUND)
-            new = function(*(value.at[rows].get(mode="clip") for value in values))
-            pairs = zip(values, new, strict=True)
-            values = [value.at[rows].set(rows_, mode="drop") for value, rows_ in pairs]
-            return start + ROWS_PER_ROUND, *values
+def _updated(table: MovedTable, moved: jax.Array, old: Sequence[jax.Array]) -> tuple:
+    """Return the values of a table's variables, with new ones in rows that moved."""
+    column = moved.reshape(-1, *[1] * (old[0].ndim - 1))
+    pairs = zip(table.function(*old), old, strict=True)
+    return tuple(jnp.where(column, *pair) for pair in pairs)
 
-        start = jnp.where(is_many, total, 0), *values
-        _, *updated = jax.lax.while_loop(
-            lambda carry: carry[0] < total, update_next, start
-        )
-        values = _once_if(is_many, update_all, tuple(updated))
-    for variable, value in zip(group, values, strict=True):
-        variable.assign(value)
+
+def _update_large(tables: Sequence[MovedTable]) -> None:
+    moved = [table.is_moved(table.last_update.value) for table in tables]
+    lengths = [len(part) for part in moved]
+    total, moved_rows = _numbered(_end_to_end(moved))
+    is_many = total > sum(lengths) // PART_OF_TABLE
+
+    def update_all(*values: tuple) -> tuple:
+        return tuple(map(_updated, tables, moved, values))
+
+    def update_next(carry: tuple) -> tuple:
+        start, values = carry
+        rows = moved_rows(start, ROWS_PER_ROUND)
+        if len(tables) == 1:
+            new = [_update_those(tables[0], rows, *values[0])]
+            return start + ROWS_PER_ROUND, tuple(new)
+        ends = itertools.accumulate(lengths)
+        new = []
+        for table, end, length, old in zip(tables, ends, lengths, values, strict=True):
+            is_here = (rows >= end - length) & (rows < end)
+            own = jnp.where(is_here, rows - (end - length), length)
+            update_own = functools.partial(_update_those, table, own)
+            new.append(_once_if(jnp.any(is_here), update_own, old))
+        return start + ROWS_PER_ROUND, tuple(new)
+
+    values = tuple(tuple(v.value for v in table.variables) for table in tables)
+    start = jnp.where(is_many, total, 0), values
+    _, values = jax.lax.while_loop(lambda carry: carry[0] < total, update_next, start)
+    _assign(tables, _once_if(is_many, update_all, values))
+
+
+def _update_those(table: MovedTable, rows: jax.Array, *values: jax.Array) -> tuple:
+    """Return the values of a table's variables, with new ones in some rows."""
+    new = table.function(*(value.at[rows].get(mode="clip") for value in values))
+    pairs = zip(values, new, strict=True)
+    return tuple(value.at[rows].set(those, mode="drop") for value, those in pairs)
+
+
+def _assign(tables: Sequence[MovedTable], values: Sequence[Sequence]) -> None:
+    for table, those in zip(tables, values, strict=True):
+        for variable, value in zip(table.variables, those, strict=True):
+            variable.assign(value)
+
+
+def _end_to_end(vectors: Sequence[jax.Array]) -> jax.Array:
+    """Join vectors of bools, padded so that `_numbered` can divide them."""
+    if len(vectors) == 1:
+        return vectors[0]
+    padding = -sum(map(len, vectors)) % (BLOCKS * WORD)
+    return jnp.concatenate([*vectors, jnp.zeros(padding, bool)])
 
 
 def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
@@ -388,8 +427,8 @@ def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     word each, so that it needs no memory of the vector's size.
     """
     count = len(chosen)
-    blocks = math.gcd(count, 2**12)
-    length = next(n for n in range(32, 0, -1) if count // blocks % n == 0)
+    blocks = math.gcd(count, BLOCKS)
+    length = next(n for n in range(WORD, 0, -1) if count // blocks % n == 0)
     pieces = chosen.reshape(blocks, -1, length)
     bits = jnp.uint32(1) << jnp.arange(length, dtype="uint32")
     words = jnp.sum(jnp.where(pieces, bits, 0), axis=2, dtype="uint32")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import (
     FEW_ROWS,
     OTHER_PARTS,
+    MovedTable,
     RowGradient,
     Rows,
     tensorflow_rows,
@@ -350,47 +353,90 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
     _update_replicas(pairs, sync_replica)
 
 
-def update_rows(
-    group: tuple,
-    last_update: keras.Variable,
-    is_moved: Callable[[tf.Tensor], tf.Tensor],
-    function: Callable[..., tuple],
-) -> None:
-    def update_replica(last_update: tf.Variable, *variables: tf.Variable) -> None:
-        moved, length = (
-            is_moved(tf.convert_to_tensor(last_update)),
-            last_update.shape[0],
-        )
+def update_rows(tables: Sequence[MovedTable]) -> None:
+    """Under XLA, search the rows of large tables together.
 
-        def read(rows: tf.Tensor | None) -> list:
-            return [read_rows(variable, rows) for variable in variables]
+    One search for many tables is compiled faster than a search for each.
+    """
 
-        def update_those(rows: tf.Tensor) -> None:
-            write_rows(variables, rows, function(*read(rows)))
+    def update_replica(*variables: tf.Variable) -> None:
+        left, large = iter(variables), []
+        own = [
+            table._replace(
+                last_update=next(left),
+                variables=tuple(itertools.islice(left, len(table.variables))),
+            )
+            for table in tables
+        ]
+        for table in own:
+            moved = table.is_moved(tf.convert_to_tensor(table.last_update))
+            if not in_xla():
+                _update_moved(table, moved, 2 if len(own) == 1 else 1)
+            elif table.last_update.shape[0] < PART_OF_TABLE * ROWS_PER_ROUND:
+                _update_whole(table, moved)
+            else:
+                large.append((table, moved))
+        if large:
+            _update_large(*zip(*large, strict=True))
 
-        def update_all() -> None:
-            column = tf.reshape(moved, [-1] + [1] * (variables[0].shape.rank - 1))
-            old = read(None)
-            pairs = zip(function(*old), old, strict=True)
-            write_rows(variables, None, [tf.where(column, *pair) for pair in pairs])
+    variables = [v for table in tables for v in (table.last_update, *table.variables)]
+    _update_replicas([tuple(variables)], update_replica)
 
-        def update_few() -> None:
-            tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, update_those)
 
-        if not in_xla():
-            halves = tensorflow_rows.positions(moved)
-            new = [function(*read(rows)) for rows in halves]  # read all before writing
-            for rows, values in zip(halves, new, strict=True):
-                write_rows(variables, rows, values)
-        elif length < PART_OF_TABLE * ROWS_PER_ROUND:
-            update_all()
-        else:
-            count = tf.reduce_sum(tf.cast(moved, "int32"))
-            is_many = count > length // PART_OF_TABLE
-            tensorflow_rows.run_if(is_many, update_all)
-            tensorflow_rows.run_if(~is_many, update_few)
+def _update_moved(table: MovedTable, moved: tf.Tensor, parts: int) -> None:
+    """Update the rows of so many parts of a table, which run in parallel."""
+    found = tensorflow_rows.positions(moved, parts)
+    # Keras on TensorFlow cannot add tensors that are known to have no rows.
+    rows_of_parts = [rows for rows in found if rows.shape[0] != 0]
+    # Read all before writing.
+    new = [table.function(*_read_all(table, rows)) for rows in rows_of_parts]
+    for rows, values in zip(rows_of_parts, new, strict=True):
+        write_rows(table.variables, rows, values)
 
-    _update_replicas([(last_update, *group)], update_replica)
+
+def _update_whole(table: MovedTable, moved: tf.Tensor) -> None:
+    old = _read_all(table, None)
+    column = tf.reshape(moved, [-1] + [1] * (old[0].shape.rank - 1))
+    pairs = zip(table.function(*old), old, strict=True)
+    write_rows(table.variables, None, [tf.where(column, *pair) for pair in pairs])
+
+
+def _read_all(table: MovedTable, rows: tf.Tensor | None) -> list[tf.Tensor]:
+    return [read_rows(variable, rows) for variable in table.variables]
+
+
+def _update_large(tables: Sequence[MovedTable], moved: Sequence[tf.Tensor]) -> None:
+    """Update chunks of rows under XLA; whole tables if many rows have moved."""
+    joined = moved[0] if len(moved) == 1 else tf.concat(moved, axis=0)
+    count = tf.reduce_sum(tf.cast(joined, "int32"))
+    is_many = count > joined.shape[0] // PART_OF_TABLE
+
+    def update_all() -> None:
+        for table, rows in zip(tables, moved, strict=True):
+            _update_whole(table, rows)
+
+    def update_those(table: MovedTable, rows: tf.Tensor) -> None:
+        write_rows(table.variables, rows, table.function(*_read_all(table, rows)))
+
+    def update_next(rows: tf.Tensor) -> None:
+        if len(tables) == 1:
+            update_those(tables[0], rows)
+            return
+        start = 0
+        for table, part in zip(tables, moved, strict=True):
+            length = part.shape[0]
+            is_here = (rows >= start) & (rows < start + length)
+            own = tf.where(is_here, rows - start, length)  # XLA drops the others
+            tensorflow_rows.run_if(
+                tf.reduce_any(is_here), functools.partial(update_those, table, own)
+            )
+            start += length
+
+    def update_few() -> None:
+        tensorflow_rows.in_rounds(joined, ROWS_PER_ROUND, update_next)
+
+    tensorflow_rows.run_if(is_many, update_all)
+    tensorflow_rows.run_if(~is_many, update_few)
 
 
 # The rest

@@ -122,11 +122,11 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
 
 
-def positions(chosen: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Call `tf.where` for both halves of a long vector, which run in parallel."""
-    middle = chosen.shape[0] // 2
-    first, second = tf.where(chosen[:middle])[:, 0], tf.where(chosen[middle:])[:, 0]
-    return first, second + middle
+def positions(chosen: tf.Tensor, parts: int) -> list[tf.Tensor]:
+    """Call `tf.where` for so many parts of a vector, which run in parallel."""
+    size = -(-chosen.shape[0] // parts)
+    starts = range(0, parts * size, size)
+    return [tf.where(chosen[i : i + size])[:, 0] + i for i in starts]
 
 
 def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:

@@ -266,22 +266,18 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
 
 
 @torch.no_grad()
-def update_rows(
-    group: tuple,
-    last_update: keras.Variable,
-    is_moved: Callable[[torch.Tensor], torch.Tensor],
-    function: Callable[..., tuple],
-) -> None:
-    moved = is_moved(last_update.value)
-    if _is_on_host(moved):
-        for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
-            values = function(*(read_rows(variable, rows) for variable in group))
-            write_rows(group, rows, values)
-        return
-    column = moved.reshape(-1, *[1] * (group[0].value.ndim - 1))
-    old = [variable.value for variable in group]
-    new = [torch.where(column, *p) for p in zip(function(*old), old, strict=True)]
-    write_rows(group, None, new)
+def update_rows(tables: Sequence[_backend.MovedTable]) -> None:
+    for variables, last_update, is_moved, function in tables:
+        moved = is_moved(last_update.value)
+        if _is_on_host(moved):
+            for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
+                values = function(*(read_rows(v, rows) for v in variables))
+                write_rows(variables, rows, values)
+            continue
+        column = moved.reshape(-1, *[1] * (variables[0].value.ndim - 1))
+        old = [variable.value for variable in variables]
+        new = [torch.where(column, *p) for p in zip(function(*old), old, strict=True)]
+        write_rows(variables, None, new)
 
 
 # The rest
