@@ -15,8 +15,8 @@ import numpy as np
 from examples.common import imdb as reviews
 from examples.common.options import add_output
 from examples.common.sources import Data
-from examples.large_table import __main__ as large_table
-from experiments import imdb, ncf, word_vectors
+from examples.large_table.__main__ import with_pairs
+from experiments import imdb, large_table, ncf, word_vectors
 from experiments._runs import RESULTS, Settings, run_all
 
 Batches = Iterator[list[np.ndarray]]  # the rows of each table, a step after the other
@@ -68,7 +68,7 @@ def _imdb(data: Data) -> tuple[Batches, list[int]]:
 
 
 def _large_table(data: Data) -> tuple[Batches, list[int]]:
-    x = large_table.with_pairs(data.x_train, large_table.ROWS)
+    x = with_pairs(data.x_train, large_table.ROWS)
     batches = _shuffled(x, large_table.BATCH_SIZE, large_table.EPOCHS)
     not_padding = ([ids[ids > 0]] for (ids,) in batches)
     return not_padding, [large_table.ROWS]

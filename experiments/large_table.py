@@ -20,14 +20,15 @@ from examples.common.options import (
 )
 from examples.common.plots import GREY, Curve
 from examples.common.sources import Data
-from examples.large_table import __main__ as large_table
+from examples.large_table import __main__ as example
 from experiments._optimizers import build_optimizer
 from experiments._runs import Progress, Settings, add_options, run_all
 
-BATCH_SIZE = large_table.BATCH_SIZE
+ROWS, WIDTH = 2**21, 16
+TOKENS, BATCH_SIZE, EPOCHS = 400, 64, 3
 EPSILON = 1e-7  # Keras's; torch has 1e-8
 PEER = "torch-sparse-adam"
-CURVES = {**large_table.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
+CURVES = {**example.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -36,9 +37,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     The first epoch's seconds include the compilation of the step.
     """
     rows = settings["rows"]
-    x_train, x_test = (
-        large_table.with_pairs(x, rows) for x in (data.x_train, data.x_test)
-    )
+    x_train, x_test = (example.with_pairs(x, rows) for x in (data.x_train, data.x_test))
     train = _in_torch if settings["optimizer"] == PEER else _in_keras
     validation = x_test, data.y_test
     epochs = train(x_train, data.y_train, validation, settings, name)
@@ -50,7 +49,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
 def _in_keras(
     x: np.ndarray, y: np.ndarray, validation: tuple, settings: Settings, name: str
 ) -> list[dict[str, float]]:
-    model = large_table.build_model(x.shape[1], settings["rows"], large_table.WIDTH)
+    model = example.build_model(x.shape[1], settings["rows"], WIDTH)
     model.compile(
         optimizer=build_optimizer(
             settings["optimizer"],
@@ -83,7 +82,7 @@ def _in_torch(
         y,
         validation,
         rows=settings["rows"],
-        width=large_table.WIDTH,
+        width=WIDTH,
         learning_rate=settings["learning_rate"],
         epsilon=EPSILON,
         batch_size=settings.get("batch_size", BATCH_SIZE),
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--learning-rates",
         type=positive_float,
         nargs="+",
-        default=[large_table.LEARNING_RATE],
+        default=[1e-2],
         metavar="RATE",
         help="(default: %(default)s)",
     )
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="EPSILON",
         help="Adam's (default: %(default)s)",
     )
-    add_size(parser, "--rows", large_table.ROWS, reviews.NUM_WORDS + 1, "of the table")
+    add_size(parser, "--rows", ROWS, reviews.NUM_WORDS + 1, "of the table")
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
     batch_size, epsilon = options.batch_size, options.epsilon
@@ -138,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seed": seed,
             "rows": options.rows,
             "learning_rate": rate,
-            "epochs": options.epochs or large_table.EPOCHS,
+            "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
             **unusual,
@@ -153,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.data,
             options.train_samples,
             options.test_samples,
-            tokens=large_table.TOKENS,
+            tokens=TOKENS,
         )
 
     return run_all("large_table", runs, load, measure, options.output, options.jobs)

@@ -30,7 +30,6 @@ from examples.common.plots import (
     legend,
 )
 from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
-from examples.large_table.__main__ import ROWS
 from experiments import (
     _pages,
     _tuning,
@@ -577,7 +576,7 @@ def large_table_rates_table(records: Sequence[Record]) -> Table:
 
 def draw_large_table(records: Sequence[Record]) -> Figure:
     """Accuracy over the seconds of training, on the table of the usual size."""
-    groups = _tuned(records, ROWS)
+    groups = _tuned(records, large_table.ROWS)
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
     figure = Figure(figsize=(11, 5))
     axes = figure.subplots()
@@ -930,7 +929,12 @@ def _moments(
             _group(of["imdb"], "optimizer", IMDB_CURVES),
             accuracy,
         ),
-        ("fastText on IMDB", "large_table", _tuned(of["large_table"], ROWS), accuracy),
+        (
+            "fastText on IMDB",
+            "large_table",
+            _tuned(of["large_table"], large_table.ROWS),
+            accuracy,
+        ),
     ]
     for (batch_size, crosses), groups in _ncf_groups(of["ncf"]).items():
         name = f"ncf-{batch_size}" + ("-crosses" if crosses else "")

@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_rate(parser, "--sgd-learning-rate", 0.02)
     options.add_rate(parser, "--adam-learning-rate", 1e-3)
     options.add_comparison(parser, CURVES, batch_size=64)
+    options.add_lookahead(parser)
     given = parser.parse_args(arguments)
     try:
         data = cifar.load(given.data, given.train_samples, given.test_samples)

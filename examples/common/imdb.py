@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -29,16 +30,16 @@ def load(
     train: int | None = None,
     test: int | None = None,
     tokens: int = TOKENS,
-    negated: float = 0.0,
+    **settings: Any,
 ) -> Data:
     """Load one of `SOURCES`, at most so many reviews of each part.
 
-    Parameters
-    ----------
-    tokens : int
-        How many words of a review to keep; the made-up ones have their own length.
-    negated : float
-        What share of the words of made-up reviews is negated.
+    Args:
+        source: what to load.
+        train: at most so many reviews to train on.
+        test: at most so many reviews to test on.
+        tokens: how many words of a review to keep; synthetic ones are short.
+        **settings: of `synthetic`.
     """
     return choose(
         source,
@@ -46,7 +47,7 @@ def load(
         partial(from_keras, tokens=tokens),
         partial(from_path, tokens=tokens),
         "synthetic",
-        partial(synthetic, negated=negated),
+        partial(synthetic, **settings),
     )
 
 
@@ -132,23 +133,38 @@ def pad(reviews: Iterable[Iterable[int]], tokens: int = TOKENS) -> np.ndarray:
 
 
 def synthetic(
-    train: int | None = None, test: int | None = None, negated: float = 0.0
+    train: int | None = None,
+    test: int | None = None,
+    count: int = 3_000,
+    words: tuple[int, int] = (12, 20),
+    share: float = 0.3,
+    strength: float = 1.5,
+    negated: float = 0.0,
 ) -> Data:
-    """Make up short reviews in which many words, none of them common, carry the label.
+    """Make short reviews in which many words, none of them common, carry the label.
 
     A word's frequency falls with its rank as in natural language (Zipf, Mandelbrot).
-    After the 50 most frequent words, three words in ten lean to one of the labels, each
-    by its own strength. The rarest of them occur in too few reviews to be learnt, so
-    that a model which remembers its training reviews does worse on others: there the
-    optimizers differ. Someone who knew all frequencies could label 89 % correctly.
+    After the 50 most frequent words, a share of the words lean to one of the labels,
+    each by its own strength. The rarest of them occur in too few reviews to be learned,
+    so a model that remembers its training reviews does worse on others: this is where
+    the optimizers differ. With the defaults, someone who knew all frequencies could
+    label 89 % of the reviews correctly.
 
-    A word that is negated has the most frequent word before it, and is one that a
-    review of the other label would have: then it takes pairs of words to tell.
+    Args:
+        train: number of reviews to train on, `count` if `None`.
+        test: number of reviews to test on, a third of `count` if `None`.
+        count: the usual number of reviews to train on.
+        words: the shortest and the longest length of a review.
+        share: how many of the words lean to a label.
+        strength: how far they lean, as a standard deviation.
+        negated: share of the words in a review that are negated. A negated word is one
+            that a review of the other label would have, after the most frequent word.
+            Then it takes pairs of words to tell the label.
     """
     ranks = np.arange(1, 5_001)
-    words = np.random.default_rng(7)
-    leaning = words.normal(scale=1.5, size=ranks.size)
-    leaning[words.random(ranks.size) > 0.3] = 0
+    lexicon = np.random.default_rng(7)
+    leaning = lexicon.normal(scale=strength, size=ranks.size)
+    leaning[lexicon.random(ranks.size) > share] = 0
     leaning[:50] = 0
     frequencies = []
     for sign in (-1, 1):
@@ -158,7 +174,7 @@ def synthetic(
     def reviews(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng(seed)
         labels = random.integers(0, 2, count)
-        lengths = random.integers(12, 21, count)
+        lengths = random.integers(words[0], words[1] + 1, count)
         texts = [
             random.choice(ranks, size=length, p=frequencies[label])
             for length, label in zip(lengths, labels, strict=True)
@@ -167,10 +183,11 @@ def synthetic(
             for i, label in enumerate(labels):
                 chosen = random.random(lengths[i]) < negated
                 others = random.choice(ranks, size=lengths[i], p=frequencies[1 - label])
-                words = np.where(chosen, others, texts[i])
-                texts[i] = np.insert(words, np.flatnonzero(chosen), ranks[0])
-        return pad(number(texts), tokens=40 if negated else 18), labels
+                mixed = np.where(chosen, others, texts[i])
+                texts[i] = np.insert(mixed, np.flatnonzero(chosen), ranks[0])
+        tokens = 2 * words[1] if negated else words[1] - 2
+        return pad(number(texts), tokens), labels
 
-    x_train, y_train = reviews(train or 3_000, seed=1)
-    x_test, y_test = reviews(test or 1_000, seed=2)
+    x_train, y_train = reviews(train or count, seed=1)
+    x_test, y_test = reviews(test or count // 3, seed=2)
     return Data("synthetic reviews", x_train, y_train, x_test, y_test, epochs=4)

@@ -15,14 +15,15 @@ def add_comparison(
     """Add the options of an example that compares optimizers."""
     add_optimizers(parser, optimizers)
     add_trainings(parser, [0], "where results.json and curves.png go")
-    add = parser.add_argument
-    for option, kind, default, symbol, whose in (
-        ("--batch-size", positive_int, batch_size, "N", ""),
-        ("--k", positive_int, 5, "N", "Lookahead's "),
-        ("--alpha", fraction, 0.5, "SHARE", "Lookahead's "),
-    ):
-        text = f"{whose}(default: %(default)s)"
-        add(option, type=kind, default=default, metavar=symbol, help=text)
+    add, text = parser.add_argument, "(default: %(default)s)"
+    add("--batch-size", type=positive_int, default=batch_size, metavar="N", help=text)
+
+
+def add_lookahead(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of Lookahead."""
+    add, text = parser.add_argument, "Lookahead's (default: %(default)s)"
+    add("--k", type=positive_int, default=5, metavar="N", help=text)
+    add("--alpha", type=fraction, default=0.5, metavar="SHARE", help=text)
 
 
 def add_data(parser: argparse.ArgumentParser, sources: str) -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 # Apart in hue and in lightness, so also for colour-blind readers and in grey.
 BLACK, BLUE, SKY, ORANGE = "#222222", "#0072b2", "#56b4e9", "#e08a00"
@@ -53,7 +53,7 @@ def draw_measure(
 ) -> None:
     """Draw what each epoch measured: the mean over seeds, and thinly every seed.
 
-    Over the epochs' numbers, or something else that they measured, of a mean as well.
+    Over the epochs, or over the seconds of training ("trained_seconds"), also means.
     """
     for name, seeds in runs.items():
         curve = curves[name]
@@ -76,12 +76,14 @@ def draw_measure(
             axes.plot(
                 numbers, values.T, curve.line, color=curve.color, lw=0.7, alpha=0.5
             )
-    axes.set(xlabel=over.replace("_", " "), ylabel=label)
+    axes.set_ylabel(label)
     if over == "epoch":
+        axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.8, len(numbers) + 0.2)
     else:
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlabel="seconds of training (log scale)")
+        axes.xaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def legend(figure: Figure, axes: Axes) -> None:

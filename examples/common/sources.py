@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,13 +29,14 @@ class Data:
 
     Attributes:
         source: what the output calls the data.
+        x_train, x_test: one array, or a dict of arrays.
         epochs: epochs that these data take unless `--epochs` says otherwise.
     """
 
     source: str
-    x_train: np.ndarray
+    x_train: Any
     y_train: np.ndarray
-    x_test: np.ndarray
+    x_test: Any
     y_test: np.ndarray
     epochs: int
 
@@ -44,12 +45,12 @@ class Data:
         """What a file of results says of them."""
         return {
             "source": self.source,
-            "train_samples": len(self.x_train),
-            "test_samples": len(self.x_test),
+            "train_samples": len(self.y_train),
+            "test_samples": len(self.y_test),
         }
 
     def __str__(self) -> str:
-        return f"{self.source}, {len(self.x_train):,} + {len(self.x_test):,} samples"
+        return f"{self.source}, {len(self.y_train):,} + {len(self.y_test):,} samples"
 
 
 def choose(

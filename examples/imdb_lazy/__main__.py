@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_data(parser, imdb.SOURCES)
     options.add_rate(parser, "--learning-rate", 1e-3)
     options.add_comparison(parser, CURVES, batch_size=32)
+    options.add_lookahead(parser)
     given = parser.parse_args(arguments)
     try:
         data = imdb.load(given.data, given.train_samples, given.test_samples)

@@ -23,9 +23,11 @@ from examples.common import cifar as cifar_data  # noqa: E402
 from examples.common import imdb as imdb_data  # noqa: E402
 from examples.common import record, sources  # noqa: E402
 from examples.imdb_lazy import __main__ as imdb  # noqa: E402
+from examples.recommender import __main__ as recommender  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {"imdb_lazy": imdb, "cifar_lookahead": cifar}
+PROGRAMS = {**EXAMPLES, "recommender": recommender}
 LOADERS = {"imdb_lazy": imdb_data.load, "cifar_lookahead": cifar_data.load}
 
 
@@ -225,8 +227,44 @@ def test_jpeg_file_in_a_wrong_format(changes, message, tmp_path, capsys):
     assert_refused("cifar_lookahead", path, message, capsys)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: "x"}, "line 2: expected the label 0 or 1, received 'x'"),
+        ({3: "1.5"}, "line 2: expected an integer of at most 32 bits or nothing as "),
+        ({3: "1.5"}, "as integer 3, received '1.5'"),
+        ({15: "zz"}, "expected a hexadecimal number of at most 32 bits or nothing as "),
+        ({15: "f" * 20}, f"as category 2, received '{'f' * 20}'"),
+        ({5: "1\t2"}, "which are 40 fields with tabs between them; received 41"),
+    ],
+)
+def test_clicks_in_a_wrong_format(change, message, tmp_path, capsys):
+    line = ["1", *["5"] * 13, *["ff"] * 26]
+    wrong = [change.get(place, text) for place, text in enumerate(line)]
+    path = tmp_path / "clicks.tsv"
+    path.write_text("\n".join("\t".join(fields) for fields in (line, wrong, line)))
+    assert_refused("recommender", path, message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.tsv", None, "no such file"),
+        (".", None, "not a file"),
+        ("empty.tsv", b"", "expected at least 2 lines, received 0"),
+        ("picture.png", b"\x89PNG\xff\xfe", "expected lines of text, received other"),
+        ("text.tsv.gz", b"not compressed", "expected lines of text, received other"),
+        ("words.txt", b"some words\n", "line 1: expected a label, 13 integers and 26"),
+    ],
+)
+def test_clicks_that_cannot_be_read(name, content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert_refused("recommender", tmp_path / name, message, capsys)
+
+
 def assert_refused(name, source, message, capsys):
-    status = EXAMPLES[name].main(["--data", str(source), "--output", "unused"])
+    status = PROGRAMS[name].main(["--data", str(source), "--output", "unused"])
     captured = capsys.readouterr()
     assert status == 2
     assert captured.out == ""

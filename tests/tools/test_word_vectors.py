@@ -203,7 +203,7 @@ def test_moments_are_compared_on_every_task():
             settings = {"optimizer": optimizer, "seed": seed, "learning_rate": 0.1}
             results = {"best_val_accuracy": accuracy + seed / 10}
             of_imdb = {"experiment": "imdb", "settings": settings, "results": results}
-            settings = {**settings, "rows": report.ROWS}
+            settings = {**settings, "rows": report.large_table.ROWS}
             of_table = {**of_imdb, "experiment": "large_table", "settings": settings}
             records += [of_imdb, of_table]
             records.append(ran(optimizer, 0.1, seed, np.exp(-number / 100)))
