@@ -19,6 +19,7 @@ from keras_lookahead_lazy._arguments import (
     check_rows_may_rest,
     check_slots_are_known,
     check_weights,
+    explain_unknown_arguments,
 )
 from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import MovedRows
@@ -90,15 +91,15 @@ class LazyOptimizer(OptimizerWrapper):
     that were not sampled, and it counted additional steps.
     """
 
+    @explain_unknown_arguments
     def __init__(
         self,
         optimizer: keras.Optimizer | str | dict,
         embedding_layers: list | None = None,
         moments: str = "decay",
         name: str | None = None,
-        **misplaced: Any,
     ) -> None:
-        super().__init__(optimizer, name, misplaced)
+        super().__init__(optimizer, name)
         _check_nesting(self._inner)
         sources = _tables.check_sources(embedding_layers)
         check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
