@@ -7,15 +7,19 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, QUICK, assert_same_bits, dtype_policy, make_data, numpy
+from harness import (
+    BACKEND,
+    QUICK,
+    adam,
+    assert_same_bits,
+    dtype_policy,
+    make_data,
+    numpy,
+)
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, inject
 
 WRAPPERS = [Lookahead, LazyOptimizer]
-
-
-def adam():
-    return keras.optimizers.Adam(0.05)
 
 
 def model_of(*embeddings):
