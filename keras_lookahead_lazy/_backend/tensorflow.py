@@ -378,7 +378,9 @@ def update_rows(
             tensorflow_rows.in_rounds(moved, ROWS_PER_ROUND, update_those)
 
         if not in_xla():
-            halves = tensorflow_rows.positions(moved)
+            # Keras on TensorFlow cannot add tensors that are known to have no rows.
+            found = tensorflow_rows.positions(moved)
+            halves = [rows for rows in found if rows.shape[0] != 0]
             new = [function(*read(rows)) for rows in halves]  # read all before writing
             for rows, values in zip(halves, new, strict=True):
                 write_rows(variables, rows, values)
