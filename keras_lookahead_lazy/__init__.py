@@ -2,6 +2,7 @@
 
 from keras_lookahead_lazy._callbacks import SlowWeights, inject
 from keras_lookahead_lazy._insight import Insight
+from keras_lookahead_lazy._keras import restore_keras
 from keras_lookahead_lazy._lazy import LazyOptimizer
 from keras_lookahead_lazy._lookahead import Lookahead
 from keras_lookahead_lazy._version import __version__
@@ -13,4 +14,5 @@ __all__ = [
     "SlowWeights",
     "__version__",
     "inject",
+    "restore_keras",
 ]

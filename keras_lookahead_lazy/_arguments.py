@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import reprlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec
 
 import keras
 
@@ -37,20 +38,43 @@ _OWNERS = {
 }
 
 
+Parameters = ParamSpec("Parameters")
+
+
 class Default(float):
     """A number that was not given."""
 
 
+def explain_unknown_arguments(
+    init: Callable[Parameters, None],
+) -> Callable[Parameters, None]:
+    """Let a wrapper's constructor say where keyword arguments that it lacks belong.
+
+    Python's own error would only say that they are unexpected. With `**kwargs` in the
+    constructor instead, its signature would promise that it takes them.
+    """
+    own = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if unknown := {n: value for n, value in kwargs.items() if n not in own}:
+            # Without an optimizer, they are most likely meant for one such as Adam.
+            given = args[0] if args else kwargs.get("optimizer", "adam")
+            inner = _keras.innermost(get_optimizer(given, type(self)))
+            refuse(unknown, type(self), inner)
+        init(self, *args, **kwargs)
+
+    return __init__  # type: ignore[return-value]
+
+
 def refuse(unknown: dict[str, Any], wrapper: type, inner: keras.Optimizer) -> None:
-    """Raise `TypeError` if there are keyword arguments that a wrapper does not have.
+    """Raise `TypeError` for keyword arguments that a wrapper does not have.
 
     Args:
         unknown: The arguments.
         wrapper: The class that they were passed to.
         inner: The optimizer inside, which some of them may be meant for.
     """
-    if not unknown:
-        return
     cls, inner_cls = wrapper.__name__, type(inner).__name__
     own = [name for name, p in _parameters(wrapper).items() if p.kind != p.VAR_KEYWORD]
     renamed = {

@@ -12,6 +12,8 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -361,12 +363,25 @@ def unknown_slots(optimizer: keras.Optimizer, variables: list) -> list[keras.Var
 
 # Another update for some weights
 
+# Inner optimizers that have to keep their slots for one `LazyOptimizer`.
+_taken_over: weakref.WeakSet[keras.Optimizer] = weakref.WeakSet()
+
+
+def will_take_over(optimizer: keras.Optimizer) -> None:
+    """Note that `take_over` will be called for an optimizer, in each step."""
+    _taken_over.add(optimizer)
+
+
+def is_taken_over(optimizer: keras.Optimizer) -> bool:
+    """Return whether `will_take_over` was called for an optimizer."""
+    return optimizer in _taken_over
+
 
 def take_over(
     optimizer: keras.Optimizer,
     is_taken: Callable[[Any], bool],
     update: Callable[[Any, Any, Any], None],
-) -> None:
+) -> Callable[[], None]:
     """Replace an optimizer's `update_step` by `update` for some weights.
 
     `update` also has to apply their weight decay. Everything that Keras does around the
@@ -375,6 +390,9 @@ def take_over(
     Args:
         is_taken: Returns whether a weight (on TensorFlow, its replica) is one of them.
         update: Function of gradient, weight and learning rate.
+
+    Returns:
+        A function that gives the optimizer its own methods back.
     """
     update_step, decay_weights = optimizer.update_step, optimizer._apply_weight_decay
 
@@ -389,21 +407,31 @@ def take_over(
 
     update_weight._is_ours = True  # type: ignore[attr-defined]
     decay_others._is_ours = True  # type: ignore[attr-defined]
-    optimizer.update_step = update_weight
-    optimizer._apply_weight_decay = decay_others
+    methods: dict[str, Any] = {
+        "update_step": update_weight,
+        "_apply_weight_decay": decay_others,
+    }
     if hasattr(optimizer, "_parallel_update_step"):
-        _take_over_parallel_update(optimizer, is_taken)
+        methods["_backend_update_step"] = _partly_parallel_update(optimizer, is_taken)
+    attributes = vars(optimizer)
+    before = {name: attributes[name] for name in methods.keys() & attributes.keys()}
+    attributes.update(methods)
+
+    def give_back() -> None:
+        for name in methods:
+            del attributes[name]
+        attributes.update(before)
+
+    return give_back
 
 
-def is_taken_over(optimizer: keras.Optimizer) -> bool:
-    """Return whether `take_over` was called for an optimizer."""
-    return "update_step" in vars(optimizer)
-
-
-def _take_over_parallel_update(
+def _partly_parallel_update(
     optimizer: keras.Optimizer, is_taken: Callable[[Any], bool]
-) -> None:
-    """Keep weights out of torch's `_foreach` update, which calls no `update_step`."""
+) -> Callable[[list, list, Any], None]:
+    """Return torch's `_foreach` update for those weights that are not taken.
+
+    It calls no `update_step`, so the others have to be kept out of it.
+    """
     from keras.src.backend.torch.optimizers.torch_parallel_optimizer import (
         TorchParallelOptimizer,
     )
@@ -424,7 +452,7 @@ def _take_over_parallel_update(
             optimizer.update_step(gradient, variable, learning_rate)
 
     update._is_ours = True  # type: ignore[attr-defined]
-    optimizer._backend_update_step = update
+    return update
 
 
 def accumulator(optimizer: keras.Optimizer, variable: Any) -> keras.Variable:
@@ -564,7 +592,58 @@ def called_model() -> Any:
     return getattr(context, "entry_layer", None)
 
 
-@functools.cache
+# Methods of Keras's classes that this package replaces: class, name, the class's own
+# attribute before (`None` if it inherits the method), and the replacement.
+_replaced: list[tuple[type, str, Any, Any]] = []
+
+
+def replace_method(cls: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Replace a method of a class by `wrap(method)`, until `restore_keras`."""
+    method = getattr(cls, name)
+    # `functools.wraps` copies this attribute to another library's wrapper around it.
+    if hasattr(method, "_is_by_keras_lookahead_lazy"):
+        return
+    ours: Any = functools.wraps(method)(wrap(method))
+    ours._is_by_keras_lookahead_lazy = True
+    _replaced.append((cls, name, vars(cls).get(name), ours))
+    setattr(cls, name, ours)
+
+
+def restore_keras() -> None:
+    """Give Keras's classes back the methods that this package has replaced.
+
+    The first `Lookahead` or `LazyOptimizer` replaces `keras.Model.compile` and the
+    methods of `keras.optimizers.LossScaleOptimizer` that apply gradients; the first
+    `LazyOptimizer` that is built replaces `keras.layers.Embedding.call`. For models
+    without these optimizers, the replacements do what Keras does. This function undoes
+    them. Optimizers that exist already keep working, but the steps of a
+    `LazyOptimizer` may work on whole tables. Creating a new one replaces the methods
+    again.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_lookahead_lazy import LazyOptimizer, restore_keras
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(9, 2)])
+    >>> model.compile(optimizer=LazyOptimizer("adam"), loss="mse")
+    >>> restore_keras()
+    """
+    for replaced in reversed(_replaced):
+        cls, name, before, ours = replaced
+        if vars(cls).get(name) is not ours:
+            warnings.warn(
+                f"{cls.__name__}.{name} is not restored, because something else has "
+                "replaced it after keras_lookahead_lazy did. Undo that first.",
+                stacklevel=2,
+            )
+            continue
+        if before is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, before)
+        _replaced.remove(replaced)
+
+
 def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
     """Call `note` with each model that is compiled from now on.
 
@@ -572,17 +651,17 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
     weights. This replaces the method of the base class, because Keras compares it with
     a model's own method when it loads a model.
     """
-    compile_model = Trainer.compile
 
-    @functools.wraps(compile_model)
-    def compile_and_note(self: keras.Model, *args: Any, **kwargs: Any) -> None:
-        compile_model(self, *args, **kwargs)
-        note(self)
+    def noting(compile_model: Any) -> Any:
+        def compile_and_note(self: keras.Model, *args: Any, **kwargs: Any) -> None:
+            compile_model(self, *args, **kwargs)
+            note(self)
 
-    Trainer.compile = compile_and_note
+        return compile_and_note
+
+    replace_method(Trainer, "compile", noting)
 
 
-@functools.cache
 def replace_loss_scaling(
     is_by_rows: Callable[[Any], bool], apply_by_rows: Callable[..., None]
 ) -> None:
@@ -590,28 +669,33 @@ def replace_loss_scaling(
 
     In `compile`, Keras itself puts a LossScaleOptimizer around the user's optimizer.
     """
+
+    def by_rows(apply: Any) -> Any:
+        def apply_scaled(
+            self: Any, grads: list, trainable_variables: list | None = None
+        ) -> None:
+            if not is_by_rows(self):
+                apply(self, grads, trainable_variables)
+                return
+            if not self.built:
+                with keras.name_scope(self.name):
+                    self.build(trainable_variables)
+            apply_by_rows(self, grads, trainable_variables)
+
+        return apply_scaled
+
+    def stateless_by_rows(stateless_apply: Any) -> Any:
+        def stateless_apply_scaled(self: Any, *values: list, **named: list) -> tuple:
+            # The base class's calls `apply`.
+            base = keras.Optimizer.stateless_apply
+            method = base if is_by_rows(self) else stateless_apply
+            return method(self, *values, **named)
+
+        return stateless_apply_scaled
+
     scaling = keras.optimizers.LossScaleOptimizer
-    apply, stateless_apply = scaling.apply, scaling.stateless_apply
-
-    @functools.wraps(apply)
-    def apply_scaled(
-        self: Any, grads: list, trainable_variables: list | None = None
-    ) -> None:
-        if not is_by_rows(self):
-            apply(self, grads, trainable_variables)
-            return
-        if not self.built:
-            with keras.name_scope(self.name):
-                self.build(trainable_variables)
-        apply_by_rows(self, grads, trainable_variables)
-
-    @functools.wraps(stateless_apply)
-    def stateless_apply_scaled(self: Any, *values: list, **named: list) -> tuple:
-        # The base class's calls `apply`.
-        base = keras.Optimizer.stateless_apply
-        return (base if is_by_rows(self) else stateless_apply)(self, *values, **named)
-
-    scaling.apply, scaling.stateless_apply = apply_scaled, stateless_apply_scaled
+    replace_method(scaling, "apply", by_rows)
+    replace_method(scaling, "stateless_apply", stateless_by_rows)
 
 
 def caller_of_callbacks() -> tuple[FrameType | None, list]:

@@ -19,6 +19,7 @@ from keras_lookahead_lazy._arguments import (
     check_rows_may_rest,
     check_slots_are_known,
     check_weights,
+    explain_unknown_arguments,
 )
 from keras_lookahead_lazy._backend import RowGradient, engine
 from keras_lookahead_lazy._catch_up import MovedRows
@@ -90,15 +91,15 @@ class LazyOptimizer(OptimizerWrapper):
     that were not sampled, and it counted additional steps.
     """
 
+    @explain_unknown_arguments
     def __init__(
         self,
         optimizer: keras.Optimizer | str | dict,
         embedding_layers: list | None = None,
         moments: str = "decay",
         name: str | None = None,
-        **misplaced: Any,
     ) -> None:
-        super().__init__(optimizer, name, misplaced)
+        super().__init__(optimizer, name)
         _check_nesting(self._inner)
         sources = _tables.check_sources(embedding_layers)
         check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
@@ -205,8 +206,7 @@ class LazyOptimizer(OptimizerWrapper):
         super().build(variables)
         tables = {_keras.key(self, v): self._make_table(v) for v in found}
         self._remember(_frozen=frozen, _tables=tables)
-        inner = _keras.innermost(self._inner)
-        _keras.take_over(inner, self._is_lazy, self._update_table)
+        _keras.will_take_over(_keras.innermost(self._inner))
         _look_ups.look_up_by_rows(
             self, [t.variable for t in tables.values() if not t.every_row]
         )
@@ -474,22 +474,26 @@ class LazyOptimizer(OptimizerWrapper):
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
-        """Take over the tables and their constraints for the length of a step.
+        """Take over the tables' updates and constraints for the length of a step.
 
         Keras would apply a constraint to every row. Outside of a step, the model and
         the inner optimizer are unchanged.
         """
+        inner = _keras.innermost(self._inner)
         tables = self._tables.values()
         self._steps_running += 1
         if self._steps_running == 1:
             for table in tables:
                 table.constraint = table.variable.constraint
                 table.variable.constraint = None
+            give_back = _keras.take_over(inner, self._is_lazy, self._update_table)
+            self._remember(_give_back=give_back)
         try:
             yield
         finally:
             self._steps_running -= 1
             if not self._steps_running:
+                self._give_back()
                 for table in tables:
                     table.variable.constraint = table.constraint
 

@@ -31,8 +31,8 @@ def look_up_by_rows(optimizer: keras.Optimizer, tables: list[keras.Variable]) ->
     for table in tables:
         forget = functools.partial(_forget, id(table))
         _optimizers[id(table)] = weakref.ref(table, forget), weakref.ref(optimizer)
-    if tables and not hasattr(keras.layers.Embedding.call, "_looks_up_by_rows"):
-        keras.layers.Embedding.call = _call_by_rows(keras.layers.Embedding.call)
+    if tables:
+        _keras.replace_method(keras.layers.Embedding, "call", _call_by_rows)
 
 
 def _forget(key: int, _: weakref.ref) -> None:
@@ -40,7 +40,6 @@ def _forget(key: int, _: weakref.ref) -> None:
 
 
 def _call_by_rows(call: Any) -> Any:
-    @functools.wraps(call)
     def call_by_rows(self: keras.layers.Embedding, inputs: Any) -> Any:
         # A subclass may override this property to return something else.
         is_own = type(self).embeddings is not keras.layers.Embedding.embeddings
@@ -53,8 +52,6 @@ def _call_by_rows(call: Any) -> Any:
         rows = _keras.with_lora(self, ids, engine.look_up(table, ids))
         return ops.cast(rows, dtype=self.compute_dtype)
 
-    # `functools.wraps` copies this attribute to another library's wrapper around this.
-    call_by_rows._looks_up_by_rows = True  # type: ignore[attr-defined]
     return call_by_rows
 
 

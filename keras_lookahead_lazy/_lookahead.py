@@ -98,6 +98,7 @@ class Lookahead(OptimizerWrapper):
     _slow_weights_in: SlowWeightsInModel | None = None
     _fixed = ("inner_optimizer", "k", "alpha", "inner_state", "outer_optimizer")
 
+    @_arguments.explain_unknown_arguments
     def __init__(
         self,
         optimizer: keras.Optimizer | str | dict,
@@ -106,9 +107,8 @@ class Lookahead(OptimizerWrapper):
         inner_state: str = "maintain",
         outer_optimizer: keras.Optimizer | str | dict | None = None,
         name: str | None = None,
-        **misplaced: Any,
     ) -> None:
-        super().__init__(optimizer, name, misplaced)
+        super().__init__(optimizer, name)
         self.k = _arguments.check_k(k)
         _arguments.check_choice(
             "inner_state",

@@ -42,20 +42,17 @@ class OptimizerWrapper(keras.Optimizer):
     Args:
         optimizer: Keras optimizer instance, its name or its config: the inner one.
         name: The name of the wrapper.
-        misplaced: Keyword arguments that the wrapper does not have.
     """
 
     def __init__(
         self,
         optimizer: keras.Optimizer | str | dict,
         name: str | None,
-        misplaced: dict[str, Any],
     ) -> None:
         check_backend()
         _keras.note_compiled_models(_note)
         _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
-        _arguments.refuse(misplaced, type(self), _keras.innermost(inner_optimizer))
         # With a callable, the base class creates no variable for a learning rate.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer

@@ -19,6 +19,8 @@ from keras import ops
 from reference import OPTIMIZERS as EQUATIONS
 from reference import EarlyMuon, InPlaceScheduleFreeAdamW, Reference
 
+from keras_lookahead_lazy import LazyOptimizer, Lookahead
+
 ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
 INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
@@ -100,6 +102,24 @@ def name_of(case: Any) -> str | None:
 def make(case: tuple[str, dict[str, Any]]) -> keras.Optimizer:
     kind, arguments = case
     return getattr(keras.optimizers, kind)(**arguments)
+
+
+def adam() -> keras.Optimizer:
+    return keras.optimizers.Adam(0.05)
+
+
+def sgd() -> keras.Optimizer:
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def both(
+    optimizer: keras.Optimizer,
+    moments: str = "decay",
+    inner_state: str = "maintain",
+    k: int = 3,
+) -> Lookahead:
+    """Both wrappers around an optimizer."""
+    return Lookahead(LazyOptimizer(optimizer, moments=moments), k, 0.5, inner_state)
 
 
 VOCABULARY = 12
@@ -318,6 +338,19 @@ def make_model(
     model.set_weights(random_weights(model, seed=3))
     if optimizer is not None:
         model.compile(optimizer, "mse", **how)
+    return model
+
+
+def make_two_tables(optimizer: Any, vocabulary: int, **how: Any) -> keras.Model:
+    """A functional model whose layers have the same paths whenever it is made."""
+    ids = keras.Input((4,), dtype="int32", name="ids")
+    words = keras.layers.Embedding(vocabulary, 3, name="words")(ids)
+    tags = keras.layers.Embedding(vocabulary, 3, name="tags")(ids)
+    rows = keras.layers.Add(name="sum")([words, tags])
+    flat = keras.layers.Flatten(name="flat")(rows)
+    model = keras.Model(ids, keras.layers.Dense(1, name="head")(flat), name="net")
+    model.set_weights([0.1 * w for w in random_weights(model, seed=3)])
+    model.compile(optimizer, "mse", **QUICK, **how)
     return model
 
 

@@ -13,6 +13,7 @@ from harness import (
     BACKEND,
     OTHERS,
     Run,
+    both,
     make_data,
     make_gradients,
     make_model,
@@ -22,11 +23,6 @@ from harness import (
 
 import keras_lookahead_lazy
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
-
-
-def both(optimizer, moments="decay", inner_state="maintain"):
-    return Lookahead(LazyOptimizer(optimizer, moments=moments), 4, 0.5, inner_state)
-
 
 # Files
 

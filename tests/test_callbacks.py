@@ -11,12 +11,14 @@ import pytest
 from harness import (
     BACKEND,
     QUICK,
+    adam,
     assert_agree,
     assert_same_bits,
     dtype_policy,
     make_model,
     numpy,
     random_weights,
+    sgd,
     state,
 )
 from harness import make_data as make_samples
@@ -24,14 +26,6 @@ from harness import make_data as make_samples
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
 
 BATCH, STEPS = 4, 8
-
-
-def adam():
-    return keras.optimizers.Adam(0.05)
-
-
-def sgd():
-    return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
 WRAPPED = {

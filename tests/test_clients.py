@@ -302,10 +302,17 @@ def test_first_look_up_inside_of_a_function(how):
 
 
 def test_another_model_that_is_only_compiled():
-    """The one that the optimizer trains goes on."""
+    """The one that the optimizer trains is trained as if it were alone."""
     x, y = batches(3)
-    model, copy = network(), network()
-    optimizer = Lookahead(keras.optimizers.SGD(0.1))
-    for each in (model, copy):
-        each.compile(optimizer, "mse")
-    fit(model, x, y)
+    weights = []
+    for others in ([network()], []):
+        model = network()
+        optimizer = Lookahead(keras.optimizers.SGD(0.1), k=2)
+        for each in [model, *others]:
+            each.compile(optimizer, "mse")
+        fit(model, x, y)
+        weights.append(model.get_weights())
+        for other in others:
+            assert_same_bits(other.get_weights(), network().get_weights())
+    assert_same_bits(*weights)
+    assert np.any(weights[0][-1] != network().get_weights()[-1])

@@ -28,7 +28,7 @@ OPTIMIZERS = {
 }
 
 
-def make_model() -> keras.Model:
+def make_small() -> keras.Model:
     model = keras.Sequential(
         [
             keras.Input((LENGTH,)),
@@ -63,7 +63,7 @@ def test_serialized_and_deserialized(name):
     again = keras.optimizers.deserialize(config)
     assert type(again) is type(optimizer)
     assert keras.optimizers.serialize(again) == keras.optimizers.serialize(optimizer)
-    assert_equal(trained(make_model(), again), trained(make_model(), optimizer))
+    assert_equal(trained(make_small(), again), trained(make_small(), optimizer))
 
 
 def test_get():
@@ -76,27 +76,27 @@ def test_get():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_clone_of_a_trained_model(name):
     """Keras compiles it with an optimizer of its own, of the same config."""
-    model = make_model()
+    model = make_small()
     expected = trained(model, OPTIMIZERS[name]())
     clone = keras.models.clone_model(model)
     assert type(clone.optimizer) is type(model.optimizer)
     assert clone.optimizer is not model.optimizer
-    clone.set_weights(make_model().get_weights())
+    clone.set_weights(make_small().get_weights())
     assert_equal(trained(clone, clone.optimizer), expected)
     assert_equal(model.get_weights(), expected)
 
 
 def test_clone_of_a_lazy_model_trains_as_keras_has_it():
-    model = make_model()
+    model = make_small()
     trained(model, LazyOptimizer("adam"))
     clone = keras.models.clone_model(model)
-    clone.set_weights(make_model().get_weights())
-    assert_equal(trained(clone, "adam"), trained(make_model(), "adam"))
+    clone.set_weights(make_small().get_weights())
+    assert_equal(trained(clone, "adam"), trained(make_small(), "adam"))
 
 
 def optimizer_parameters(optimizer: keras.Optimizer) -> int:
     """What `model.summary()` says of a model that is compiled with it."""
-    model = make_model()
+    model = make_small()
     model.compile(optimizer=optimizer, loss="mse")
     optimizer.build(model.trainable_variables)
     lines: list[str] = []
@@ -165,7 +165,7 @@ def test_repr(built):
     scaled = keras.optimizers.LossScaleOptimizer(sgd, initial_scale=4.0)
     optimizer = Lookahead(LazyOptimizer(scaled), k=3)
     if built:
-        trained(make_model(), optimizer)
+        trained(make_small(), optimizer)
     assert repr(optimizer) == (
         "Lookahead(LazyOptimizer(LossScaleOptimizer(SGD("
         "learning_rate=CosineDecay(initial_learning_rate=0.5, decay_steps=100, "
@@ -245,7 +245,7 @@ def test_repr_in_training(eagerly, monkeypatch):
     weights = []
     for callbacks in [], [callback := Repr()]:
         optimizer = Lookahead(LazyOptimizer(Mine(0.25)))
-        model = make_model()
+        model = make_small()
         eager = eagerly and BACKEND != "jax"
         model.compile(optimizer, "mse", run_eagerly=eager)
         if callbacks:
@@ -269,7 +269,7 @@ def test_repr_compiles_nothing(caplog):
     import jax
 
     optimizer = Lookahead(LazyOptimizer(keras.optimizers.Adam(0.1)))
-    trained(make_model(), optimizer)
+    trained(make_small(), optimizer)
     jax.clear_caches()
     with jax.log_compiles():
         repr(optimizer)

@@ -6,16 +6,18 @@ import threading
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_same_bits, make_data, make_model, state
-
-from keras_lookahead_lazy import LazyOptimizer, Lookahead
+from harness import (
+    BACKEND,
+    adam,
+    assert_same_bits,
+    both,
+    make_data,
+    make_model,
+    sgd,
+    state,
+)
 
 MOMENTS = ["decay", "freeze"]
-
-
-def both(moments, k=3, rate=0.05):
-    lazy = LazyOptimizer(keras.optimizers.Adam(rate), moments=moments)
-    return Lookahead(lazy, k=k, inner_state="interpolate")
 
 
 def train(model, seed):
@@ -25,7 +27,8 @@ def train(model, seed):
 
 def models():
     """Two that differ in all but their shapes."""
-    first, second = make_model(both("decay")), make_model(both("freeze", 2, 0.01))
+    first = make_model(both(adam(), "decay", "interpolate"))
+    second = make_model(both(sgd(), "freeze", "interpolate", k=2))
     second.set_weights([-weight for weight in second.get_weights()])
     return first, second
 
@@ -108,7 +111,7 @@ def test_fit_under(check, moments):
     """`fit` runs, and ends where it does without the check."""
     ended = []
     for context in (contextlib.nullcontext, CHECKS[check]):
-        model = make_model(both(moments))
+        model = make_model(both(adam(), moments, "interpolate"))
         with context():
             keras.utils.set_random_seed(0)
             train(model, 0)

@@ -1,19 +1,25 @@
 """Beside the table of wrong uses: what is none, and errors around training."""
 
+import inspect
+import re
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, QUICK, assert_same_bits, dtype_policy, make_data, numpy
+from harness import (
+    BACKEND,
+    QUICK,
+    adam,
+    assert_same_bits,
+    dtype_policy,
+    make_data,
+    numpy,
+)
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, inject
 
 WRAPPERS = [Lookahead, LazyOptimizer]
-
-
-def adam():
-    return keras.optimizers.Adam(0.05)
 
 
 def model_of(*embeddings):
@@ -70,6 +76,51 @@ def test_a_setting_is_recommended_only_where_it_exists(wrapper):
         advice = f"{wrapper.__name__}({type(inner).__name__}({setting}=0.5), ...)"
         assert (advice in str(e.value)) == accepted
         assert (arguments in str(e.value)) != accepted
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_settings_without_an_optimizer(wrapper):
+    """What a user writes who takes the wrapper for an optimizer of its own."""
+    advice = re.escape(f"{wrapper.__name__}(Adam(learning_rate=0.1), ...)")
+    with pytest.raises(TypeError, match=advice):
+        wrapper(**{"learning_rate": 0.1})
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_signature_is_that_of_the_arguments(wrapper):
+    parameters = inspect.signature(wrapper).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    documented = re.findall(r"^ {4}(\w+): ", inspect.getdoc(wrapper) or "", re.M)
+    assert list(parameters) == [name for name in documented if name in parameters]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Renamed(Lookahead):
+    """A user's wrapper with an argument of its own, which hands on the others."""
+
+    def __init__(self, optimizer, label="", **kwargs):
+        super().__init__(optimizer, **kwargs)
+        self.label = label
+
+    def get_config(self):
+        return {**super().get_config(), "label": self.label}
+
+
+def test_subclass_of_a_wrapper(tmp_path):
+    with pytest.raises(TypeError, match=r"Renamed has no argument `moments`"):
+        Renamed(adam(), "mine", moments="freeze")
+    model = model_of()
+    model.compile(Renamed(adam(), label="mine", k=2), "mse", **QUICK)
+    x, y = make_data(12)
+    fit = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    model.fit(x, y, **fit)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert (loaded.optimizer.label, loaded.optimizer.k) == ("mine", 2)
+    for each in (model, loaded):
+        each.fit(x, y, **fit)
+    assert_same_bits(loaded.get_weights(), model.get_weights())
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

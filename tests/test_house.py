@@ -1,12 +1,14 @@
 """How the package is built: what Keras does not publish stands in one module."""
 
 import ast
+import re
 from pathlib import Path
 
 import keras
 import pytest
 
 import keras_lookahead_lazy
+from keras_lookahead_lazy import __version__
 
 PACKAGE = Path(keras_lookahead_lazy.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -63,3 +65,11 @@ def test_the_test_above_sees_them():
     }
     found = used & (private_names_of_keras() - own_names())
     assert {"_iterations", "_trainable_variables", "_var_key", "_embeddings"} <= found
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parents[1]
+    citation = (root / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", citation, re.M) == [__version__]
+    headings = re.findall(r"^## \[(.*)\]", (root / "CHANGELOG.md").read_text(), re.M)
+    assert next(name for name in headings if name != "Unreleased") == __version__

@@ -3,16 +3,20 @@
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, QUICK, assert_same_bits, make_model, numpy, state
+from harness import (
+    BACKEND,
+    QUICK,
+    adam,
+    assert_same_bits,
+    make_model,
+    numpy,
+    state,
+)
 
 from keras_lookahead_lazy import Insight, LazyOptimizer, Lookahead, SlowWeights
 
 VOCABULARY, BATCH, STEPS, EPOCHS = 40, 4, 4, 3
 TABLE = "net/words/embeddings"
-
-
-def adam():
-    return keras.optimizers.Adam(0.05)
 
 
 OPTIMIZERS = {

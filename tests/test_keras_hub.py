@@ -34,7 +34,7 @@ SIZES = {
 }
 
 
-def make_model(kind):
+def make_hub_model(kind):
     if kind == "GPT-2":  # whose logits are products with the table
         backbone = keras_hub.models.GPT2Backbone(**SIZES)
         model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
@@ -50,7 +50,7 @@ def make_model(kind):
 
 
 def compiled(kind, optimizer):
-    model = make_model(kind)
+    model = make_hub_model(kind)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=[])
     return model

@@ -15,7 +15,7 @@ BATCH, STEPS = 8, 7
 JIT = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[BACKEND]
 
 
-def make_model(optimizer, jit=False):
+def make_many_tables(optimizer, jit=False):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((len(SIZES),), BATCH, dtype="int32")
     features = [
@@ -37,7 +37,7 @@ def data():
 
 def trained(optimizer, jit=False):
     """Weights and slots after some steps."""
-    model = make_model(optimizer, jit)
+    model = make_many_tables(optimizer, jit)
     model.fit(*data(), batch_size=BATCH, shuffle=False, verbose=0)
     values = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
     return model.get_weights() + [v for v in values if v.dtype == np.float32]
@@ -99,7 +99,7 @@ def test_settings_by_table_keep_them_apart(joined):
 
     excluded = keras.optimizers.AdamW(0.02)
     excluded.exclude_from_weight_decay(var_names=["table_1"])
-    model = make_model(LazyOptimizer(excluded))
+    model = make_many_tables(LazyOptimizer(excluded))
     model.layers[-3].embeddings.constraint = keras.constraints.NonNeg()
     model.fit(*data(), batch_size=BATCH, verbose=0)
     assert max(joined) <= 5
@@ -122,9 +122,9 @@ def replicas():
     )
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
-        model = make_model(LazyOptimizer(keras.optimizers.Adam(0.02)))
+        model = make_many_tables(LazyOptimizer(keras.optimizers.Adam(0.02)))
         model.fit(*data(), batch_size=BATCH, shuffle=False, verbose=0)
-    alone = make_model(LazyOptimizer(keras.optimizers.Adam(0.02)))
+    alone = make_many_tables(LazyOptimizer(keras.optimizers.Adam(0.02)))
     alone.fit(*data(), batch_size=BATCH, shuffle=False, verbose=0)
     assert_agree(model.get_weights(), alone.get_weights(), 1e-5)
     for variable in model.trainable_variables:

@@ -12,6 +12,7 @@ from harness import (
     Run,
     assert_agree,
     assert_same_bits,
+    both,
     dtype_policy,
     make,
     make_data,
@@ -35,11 +36,6 @@ SCALING_MODES = [mode for mode in MODES if (BACKEND, mode) != ("jax", "eager")]
 
 def scaled(optimizer):
     return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=SCALE)
-
-
-def both(optimizer, moments="decay", inner_state="maintain"):
-    lazy = LazyOptimizer(optimizer, moments=moments)
-    return Lookahead(lazy, inner_state=inner_state, **LOOKAHEAD)
 
 
 ORDERS = {

@@ -5,7 +5,13 @@ from importlib.util import find_spec
 
 import keras
 import pytest
-from harness import QUICK, assert_same_bits, make_data, random_weights, state
+from harness import (
+    assert_same_bits,
+    make_data,
+    make_two_tables,
+    sgd,
+    state,
+)
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
@@ -13,10 +19,6 @@ if find_spec("orbax") is None or not hasattr(keras.callbacks, "OrbaxCheckpoint")
     reason = "OrbaxCheckpoint not tested: no orbax-checkpoint (extra: orbax)"
     warnings.warn(reason, stacklevel=1)
     pytest.skip(reason, allow_module_level=True)
-
-
-def sgd():
-    return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
 def adam():
@@ -32,19 +34,6 @@ CASES = {
     "both": lambda: Lookahead(LazyOptimizer(adam()), 5, 0.7, "interpolate"),
     "twice": lambda: Lookahead(Lookahead(LazyOptimizer(sgd()), 3), 2, 0.8),
 }
-
-
-def make_model(optimizer):
-    """A functional model with two tables. Its layers have names, so that one that is
-    made again in this process has the same paths, as in a new process."""
-    ids = keras.Input((4,), dtype="int32", name="ids")
-    tables = [keras.layers.Embedding(16, 3, name=name) for name in ("words", "tags")]
-    looked_up = [keras.layers.Flatten(name=f"flat_{t.name}")(t(ids)) for t in tables]
-    merged = keras.layers.Concatenate(name="merged")(looked_up)
-    model = keras.Model(ids, keras.layers.Dense(1, name="head")(merged), name="net")
-    model.set_weights(random_weights(model, seed=3))
-    model.compile(optimizer, "mse", **QUICK)
-    return model
 
 
 def fit(model, **arguments):
@@ -64,12 +53,12 @@ def make_named(case):
 @pytest.mark.parametrize("case", CASES)
 def test_resume(case, tmp_path):
     """By `load_model`, by `load_weights`, and by the model that was saved."""
-    whole = make_model(make_named(case))
+    whole = make_two_tables(make_named(case), 16)
     fit(whole, epochs=2)
-    saved = make_model(make_named(case))
+    saved = make_two_tables(make_named(case), 16)
     fit(saved, callbacks=[keras.callbacks.OrbaxCheckpoint(tmp_path)])
     loaded = keras.saving.load_model(tmp_path)
-    made_again = make_model(make_named(case))
+    made_again = make_two_tables(make_named(case), 16)
     made_again.optimizer.build(made_again.trainable_variables)
     made_again.load_weights(tmp_path)
     for model in (saved, loaded, made_again):

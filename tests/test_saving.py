@@ -23,6 +23,7 @@ from harness import (
     numpy,
     random_weights,
     rotated,
+    sgd,
     state,
 )
 from reference import Reference
@@ -30,10 +31,6 @@ from reference import Reference
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 BATCH, BEFORE, AFTER = 4, 7, 6  # 7 steps leave every cycle below in its middle
-
-
-def sgd():
-    return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
 def adam():

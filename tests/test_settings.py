@@ -14,6 +14,7 @@ from harness import (
     assert_agree,
     assert_follows,
     assert_same_bits,
+    both,
     dtype_policy,
     make,
     make_data,
@@ -29,10 +30,6 @@ from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
 LAZY = {"tables": [0], "moments": "decay"}
 LOOKAHEAD: dict[str, Any] = {"k": 3, "alpha": 0.5}
-
-
-def both(optimizer):
-    return Lookahead(LazyOptimizer(optimizer), **LOOKAHEAD)
 
 
 SETTINGS = [

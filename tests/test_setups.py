@@ -44,7 +44,7 @@ LEFT_OUT = {"weight_decay", "loss_scale_factor" if BACKEND == "tensorflow" else 
 COMPARED = [name for name in SETUPS if name not in LEFT_OUT]
 
 
-def make_model(optimizer, layer, jit, seed=0):
+def make_looked_up(optimizer, layer, jit, seed=0):
     keras.utils.set_random_seed(seed)
     table = keras.layers.Embedding(ROWS, WIDTH, name="words", **layer)
     model = keras.Sequential(
@@ -87,7 +87,7 @@ def test_a_step_computes_no_whole_table(name, moments, jit):
     policy, layer, settings = SETUPS[name]
     with dtype_policy(policy):
         inner = keras.optimizers.Adam(0.01, **settings)
-        model = make_model(LazyOptimizer(inner, moments=moments), layer, jit)
+        model = make_looked_up(LazyOptimizer(inner, moments=moments), layer, jit)
         (x,), (y,) = make_batches(1)
         found = whole_results(model, x, y, jit, in_loops="float16" in policy)
     if (jit, name) == UPCAST or (jit and name == "bfloat16 table"):
@@ -108,7 +108,7 @@ def test_a_step_computes_no_whole_table(name, moments, jit):
 )
 def test_a_step_on_the_whole_table_is_seen(layer, settings, word, jit):
     inner = keras.optimizers.Adam(0.01, **settings)
-    model = make_model(LazyOptimizer(inner), layer, jit)
+    model = make_looked_up(LazyOptimizer(inner), layer, jit)
     (x,), (y,) = make_batches(1)
     assert whole_results(model, x, y, jit)
     (form,) = lazy_of(model.optimizer).step_forms.values()
@@ -118,7 +118,7 @@ def test_a_step_on_the_whole_table_is_seen(layer, settings, word, jit):
 def test_a_large_table_warns_once(monkeypatch):
     monkeypatch.setattr("keras_lookahead_lazy._lazy.LARGE", ROWS - 1)
     lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
-    model = make_model(lazy, {"embeddings_regularizer": "l2"}, JIT[0])
+    model = make_looked_up(lazy, {"embeddings_regularizer": "l2"}, JIT[0])
     (form,) = lazy.step_forms.values()
     assert form.endswith("(expected)")
     x, y = make_batches(2)
@@ -140,7 +140,7 @@ def test_equals_keras_whatever_is_sampled(name, kind, around, jit):
     def train(wrap):
         with dtype_policy(policy):
             inner = getattr(keras.optimizers, kind)(0.05, **settings)
-            model = make_model(wrap(inner), layer, jit)
+            model = make_looked_up(wrap(inner), layer, jit)
             for x, y in zip(*make_distinct(7), strict=True):
                 model.train_on_batch(x, y)
         return [w.astype("float32") for w in numpy(model.weights)]
@@ -161,7 +161,7 @@ def test_accumulation_goes_on_in_mid_cycle(steps, jit, tmp_path):
 
     def new():
         inner = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
-        return make_model(Lookahead(LazyOptimizer(inner), k=2), {}, jit)
+        return make_looked_up(Lookahead(LazyOptimizer(inner), k=2), {}, jit)
 
     x, y = make_batches(12)
     whole, first, second = new(), new(), new()
@@ -180,7 +180,7 @@ def test_accumulation_works_on_rows_however_many_differ(monkeypatch):
     """Step by step, where a step has as many rows as differ: fewer and fewer here."""
     monkeypatch.setattr(RowAccumulator, "clear", None)  # of the whole table
     lazy = LazyOptimizer(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
-    model = make_model(lazy, {}, jit=False)
+    model = make_looked_up(lazy, {}, jit=False)
     model.run_eagerly = True
     x, y = make_batches(6)
     ids = np.arange(BATCH * TOKENS).reshape(BATCH, TOKENS)
@@ -219,7 +219,7 @@ def test_a_skipped_step_changes_nothing(jit):
     """Loss scaling skips a step whose gradients are infinite, and halves the scale."""
     with dtype_policy("mixed_float16"):
         lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
-        model = make_model(Lookahead(lazy, k=2), {}, jit)
+        model = make_looked_up(Lookahead(lazy, k=2), {}, jit)
         x, y = make_batches(3)
         model.train_on_batch(x[0], y[0])
         scale = float(model.optimizer.dynamic_scale.numpy())
@@ -269,7 +269,7 @@ class Centralized(RowWiseAdagrad):
 @pytest.mark.parametrize("jit", JIT)
 def test_an_optimizer_of_the_users_own_by_rows(jit):
     lazy = LazyOptimizer(RowWiseAdagrad(0.1))
-    model = make_model(lazy, {}, jit)
+    model = make_looked_up(lazy, {}, jit)
     table, squares = numpy([model.weights[0]])[0].astype("float64"), np.zeros((ROWS, 1))
     for x, y in zip(*make_batches(6), strict=True):
         gradient = table_gradient(model, x, y)
@@ -295,7 +295,7 @@ def table_gradient(model, x, y):
 def test_an_optimizer_with_an_apply_of_its_own_gets_whole_gradients():
     weights = []
     for wrap in (LazyOptimizer, lambda inner: inner):
-        model = make_model(wrap(Centralized(0.1)), {}, BACKEND == "jax")
+        model = make_looked_up(wrap(Centralized(0.1)), {}, BACKEND == "jax")
         for x, y in zip(*make_batches(4), strict=True):
             gradients = [
                 tensor(g.astype("float32")) for g in all_gradients(model, x, y)

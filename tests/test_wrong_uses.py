@@ -10,7 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, QUICK, assert_same_bits, make_data, numpy
+from harness import (
+    BACKEND,
+    QUICK,
+    assert_same_bits,
+    both,
+    make_data,
+    numpy,
+)
 from keras import ops
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
@@ -73,10 +80,6 @@ def compiled(make: Any) -> Any:
         return optimizer
 
     return compile_model
-
-
-def both(inner):
-    return Lookahead(LazyOptimizer(inner))
 
 
 def ones(model):

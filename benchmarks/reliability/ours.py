@@ -255,12 +255,13 @@ class OfLookahead(Wrapper):
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         foreign: Any = optax.adam(RATE)
         half: Any = 2.5
+        unknown: dict[str, Any] = {"cycle": 5}
         return {
             "k=0": lambda: Lookahead("adam", k=0),
             "k=2.5": lambda: Lookahead("adam", k=half),
             "alpha=2": lambda: Lookahead("adam", alpha=2),
             "another library's optimizer": lambda: Lookahead(foreign),
-            "an unknown argument": lambda: Lookahead("adam", cycle=5),
+            "an unknown argument": lambda: Lookahead("adam", **unknown),
         }
 
     def restart(self, training: Training) -> None:
@@ -278,9 +279,10 @@ class OfLazyOptimizer(Wrapper):
 
     def wrong_uses(self) -> Mapping[str, Callable[[], object]]:
         foreign: Any = optax.adam(RATE)
+        unknown: dict[str, Any] = {"tables": []}
         return {
             "another library's optimizer": lambda: LazyOptimizer(foreign),
-            "an unknown argument": lambda: LazyOptimizer("adam", tables=[]),
+            "an unknown argument": lambda: LazyOptimizer("adam", **unknown),
         }
 
 
