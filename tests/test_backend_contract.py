@@ -82,7 +82,7 @@ def check_sync_of_rows(tables, mode):
     written = [*variables, *(last for _, last, _ in tables)]
     sync = functools.partial(engine.update_rows, moved)
     run(lambda: engine.run_if(predicate, sync, variables), written, mode)
-    for (group, last, chosen), old in zip(tables, before, strict=True):
+    for (group, _, chosen), old in zip(tables, before, strict=True):
         point = old[1] + 0.4 * (old[0] - old[1])
         idle = np.setdiff1d(np.arange(len(point)), chosen)
         for now, then in zip(arrays(group), old, strict=True):
