@@ -19,6 +19,8 @@ from keras import ops
 from reference import OPTIMIZERS as EQUATIONS
 from reference import EarlyMuon, InPlaceScheduleFreeAdamW, Reference
 
+from keras_lookahead_lazy import Lookahead
+
 ROOT = Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
 INSTALLED = [name for name in ("tensorflow", "jax", "torch") if find_spec(name)]
@@ -100,6 +102,15 @@ def name_of(case: Any) -> str | None:
 def make(case: tuple[str, dict[str, Any]]) -> keras.Optimizer:
     kind, arguments = case
     return getattr(keras.optimizers, kind)(**arguments)
+
+
+def around(
+    optimizer: keras.Optimizer,
+    outer: tuple[str, dict[str, Any]] | None = None,
+    **arguments: Any,
+) -> Lookahead:
+    """A Lookahead from the arguments that the reference gets."""
+    return Lookahead(optimizer, outer_optimizer=outer and make(outer), **arguments)
 
 
 VOCABULARY = 12

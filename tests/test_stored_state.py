@@ -22,6 +22,11 @@ NESTINGS = {
     "lazy": lambda: LazyOptimizer(adam()),
     "freeze": lambda: LazyOptimizer(adam(), moments="freeze"),
     "both": lambda: Lookahead(LazyOptimizer(adam()), k=K),
+    "outer": lambda: Lookahead(
+        LazyOptimizer(adam()),
+        k=K,
+        outer_optimizer=keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True),
+    ),
     "one of two": lambda: Lookahead(LazyOptimizer(adam(), ["words"]), k=K),
     "the other": lambda: Lookahead(LazyOptimizer(adam(), ["tags"]), k=K),
     "twice": lambda: Lookahead(Lookahead(LazyOptimizer(adam()), k=3), k=K),
