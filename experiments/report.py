@@ -519,7 +519,7 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
 
 def outer_table(records: Sequence[Record]) -> Table:
     """Each optimizer at its best rate, from seeds that took no part in the sweep."""
-    steps = "steps to AdamW's final loss / AdamW's steps, each seed"
+    steps = "share of AdamW's steps to its final loss, each seed"
     table = [
         [
             "optimizer",
