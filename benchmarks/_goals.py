@@ -416,6 +416,15 @@ def _lookahead_goals(sizes: Sizes) -> Iterator[Goal]:
                 limit,
                 peers={name: _step(*pair, K) for name, pair in peers.items()},
             )
+    for place, where in PLACES.items():
+        outer = Variant(*where, "Lookahead(Adam, outer SGD)", sizes.dense)
+        yield Goal(
+            f"outer-adam-{place}",
+            "step: Lookahead(Adam), outer SGD with momentum / Adam",
+            TITLES[place],
+            _step(outer, dataclasses.replace(outer, optimizer="Adam"), K),
+            1.2,
+        )
 
 
 def _lookahead_pair(

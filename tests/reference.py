@@ -528,12 +528,16 @@ def lookahead(slow: Array, fast: Array, alpha: float) -> Array:
 class Cycle:
     """A Lookahead's settings and, from its first update on, its slow copies.
 
-    `moved` tells of each table which rows were updated in this cycle.
+    `moved` tells of each table which rows were updated in this cycle. `outer` is an
+    outer optimizer's kind and arguments, whose slots and syncs a restart leaves alone.
     """
 
     k: int = 5
     alpha: float = 0.5
     inner_state: str = "maintain"
+    outer: tuple[str, dict[str, Any]] | None = None
+    outer_slots: list[Slots] | None = None
+    syncs: int = 0
     updates: int = 0
     slow_weights: list[Array] | None = None
     slow_slots: list[Slots] | None = None
@@ -713,8 +717,11 @@ class Reference:
         assert cycle.slow_weights is not None
         assert cycle.slow_slots is not None
         before, slow_weights = self.weights, cycle.slow_weights
-        pairs = zip(slow_weights, before, strict=True)
-        self.weights = [lookahead(slow, fast, cycle.alpha) for slow, fast in pairs]
+        if cycle.outer:
+            self.weights = self._outer_step(cycle, left_out)
+        else:
+            pairs = zip(slow_weights, before, strict=True)
+            self.weights = [lookahead(slow, fast, cycle.alpha) for slow, fast in pairs]
         cycle.slow_weights = list(self.weights)
         for i, moved in cycle.moved.items():
             self.weights[i] = only_rows(moved, self.weights[i], before[i])
@@ -732,6 +739,33 @@ class Reference:
                 for slow, fast in zip(cycle.slow_slots, self.slots, strict=True)
             ]
             cycle.slow_slots = self.slots
+
+    def _outer_step(self, cycle: Cycle, left_out: Collection[int]) -> list[Array]:
+        """phi after a step with the pseudo-gradient s = phi - theta."""
+        assert cycle.outer is not None
+        assert cycle.slow_weights is not None
+        kind, arguments = cycle.outer
+        outer = OPTIMIZERS[kind](**arguments)
+        if cycle.outer_slots is None:
+            cycle.outer_slots = [outer.slots(w, "") for w in self.weights]
+        rate = outer.learning_rate
+        lr = float(rate(cycle.syncs) if callable(rate) else rate)
+        cycle.syncs += 1
+        after = []
+        for i, (phi, theta) in enumerate(
+            zip(cycle.slow_weights, self.weights, strict=True)
+        ):
+            old = cycle.outer_slots[i]
+            decayed = phi - phi * (outer.decay_of(old) or 0.0) * lr
+            w, new = outer.step(decayed, phi - theta, old, lr, cycle.syncs)
+            constraint = self.constraints[i]
+            after.append(constraint(w) if constraint else w)
+            if i in cycle.moved:
+                rows = cycle.moved[i]
+                new = {name: only_rows(rows, new[name], old[name]) for name in new}
+            if i not in left_out:
+                cycle.outer_slots[i] = new
+        return after
 
 
 def train(

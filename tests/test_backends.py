@@ -24,6 +24,15 @@ from harness import (
 import keras_lookahead_lazy
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
 
+
+def nesterov():
+    return keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+
+
+def with_outer(optimizer):
+    return Lookahead(LazyOptimizer(optimizer), 4, outer_optimizer=nesterov())
+
+
 # Files
 
 
@@ -33,9 +42,9 @@ def train(model, first, last):
     model.fit(x[batches], y[batches], batch_size=8, shuffle=False, verbose=0)
 
 
-def start(path, moments):
+def start(path, moments, outer):
     lazy = LazyOptimizer(keras.optimizers.Adam(0.01), ["words"], moments)
-    model = make_model(Lookahead(lazy, k=5))
+    model = make_model(Lookahead(lazy, k=5, outer_optimizer=outer))
     train(model, 0, 7)
     model.save(path)
 
@@ -49,11 +58,15 @@ def go_on(path, result):
 @pytest.mark.slow
 @pytest.mark.skipif(not OTHERS, reason="only one backend is installed")
 @pytest.mark.parametrize(
-    ("other", "moments"), list(zip(OTHERS, ["decay", "freeze"], strict=False))
+    ("other", "moments", "has_outer"),
+    [
+        *zip(OTHERS, ["decay", "freeze"], [False, False], strict=False),
+        *zip(OTHERS, ["freeze", "decay"], [True, True], strict=False),
+    ],
 )
-def test_training_goes_on_on_another_backend(other, moments, tmp_path):
+def test_training_goes_on_on_another_backend(other, moments, has_outer, tmp_path):
     file, result = tmp_path / "model.keras", tmp_path / "weights.npz"
-    start(file, moments)
+    start(file, moments, nesterov() if has_outer else None)
     model = keras.models.load_model(file)
     train(model, 7, 18)
     run_python(__file__, "go_on", file, result, backend=other, one_backend=True)
@@ -127,7 +140,7 @@ def jax_step():
     return make_step
 
 
-@pytest.mark.parametrize("wrap", [Lookahead, LazyOptimizer, both])
+@pytest.mark.parametrize("wrap", [Lookahead, LazyOptimizer, both, with_outer])
 def test_jax_compiles_once(jax_step, wrap):
     step, weights, state, gradients, traces = jax_step(wrap(keras.optimizers.Adam()))
     for _ in range(12):
@@ -136,14 +149,15 @@ def test_jax_compiles_once(jax_step, wrap):
     assert step._cache_size() == 1
 
 
-def test_jax_keeps_one_copy_beside_the_slow_weights(jax_step):
+@pytest.mark.parametrize(("outer", "copies"), [(None, 4), (nesterov, 5)])
+def test_jax_updates_in_place(jax_step, outer, copies):
     """All state is donated, and no temporary is as large as the weights."""
-    optimizer = Lookahead(keras.optimizers.Adam(), k=5)
+    optimizer = Lookahead(keras.optimizers.Adam(), outer_optimizer=outer and outer())
     step, weights, state, gradients, _ = jax_step(optimizer)
     memory = step.lower(weights, state, gradients).compile().memory_analysis()
     floats = sum(w.size for w in weights) * 4
-    # theta, phi, and Adam's two moments are updated where they are.
-    assert memory.alias_size_in_bytes >= 4 * floats
+    # theta, phi, Adam's two moments, and an outer momentum stay where they are.
+    assert memory.alias_size_in_bytes >= copies * floats
     assert memory.temp_size_in_bytes < 0.1 * floats
 
 
@@ -158,15 +172,20 @@ def test_jax_syncs_in_a_real_condition(jax_step):
 # torch
 
 
-def test_torch_reads_nothing_back(monkeypatch):
-    """A step asks the device for no value, on which it would have to wait."""
+@pytest.mark.parametrize("wrap", [both, with_outer])
+def test_torch_reads_nothing_back(wrap, monkeypatch):
+    """A step asks the device for no value, on which it would have to wait.
+
+    Each counter is read once: the steps' in the first, the syncs' in the first sync.
+    """
     torch = pytest.importorskip("torch")
     if BACKEND != "torch":
         pytest.skip("torch only")
     weights = make_weights()
-    run = Run(both(keras.optimizers.Adam()), weights)
+    run = Run(wrap(keras.optimizers.Adam()), weights)
     steps = make_gradients(11, weights)
-    run.step(steps[0])
+    for step in steps[:4]:
+        run.step(step)
     asked = []
     for name in ("item", "__bool__", "__int__", "__float__", "tolist", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -176,7 +195,7 @@ def test_torch_reads_nothing_back(monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    gradients = [[torch.tensor(g) for g in step] for step in steps[1:]]
+    gradients = [[torch.tensor(g) for g in step] for step in steps[4:]]
     for step in gradients:
         run.optimizer.apply(step, run.variables)
     assert asked == []

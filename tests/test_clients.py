@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree, assert_same_bits
+from harness import BACKEND, around, assert_agree, assert_same_bits
 from keras import ops
 from reference import Cycle, Reference
 
@@ -48,7 +48,12 @@ def step(reference, x, y):
     reference.apply([gradient, rows.T @ error, error.sum(axis=0)])
 
 
-def test_three_lookaheads_around_lazy():
+OUTER = {"learning_rate": 0.7, "momentum": 0.9, "nesterov": True}
+
+
+@pytest.mark.parametrize("with_outer", [None, 0, 2])
+def test_three_lookaheads_around_lazy(with_outer):
+    """One of them has an outer optimizer, the innermost or the outermost, or none."""
     x, y = batches(14)
     optimizer = LazyOptimizer(keras.optimizers.Adam(**ADAM))
     cycles: list[dict[str, Any]] = [
@@ -56,8 +61,10 @@ def test_three_lookaheads_around_lazy():
         {"k": 3, "alpha": 0.6},
         {"k": 2, "alpha": 0.8},
     ]
+    if with_outer is not None:
+        cycles[with_outer] = {"k": 2, "outer": ("SGD", OUTER)}
     for cycle in cycles:
-        optimizer = Lookahead(optimizer, **cycle)
+        optimizer = around(optimizer, **cycle)
     model = network()
     model.compile(optimizer, "mse")
     reference = Reference(

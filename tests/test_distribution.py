@@ -31,6 +31,7 @@ SETTINGS = {
         "--k=3",
     ],
     "rmsprop": ["--optimizer=rmsprop", "--inner-state=reset", "--k=4", "--alpha=0.8"],
+    "outer": ["--moments=freeze", "--k=4", "--outer-momentum=0.5"],
     "adamw": ["--optimizer=adamw", "--moments=freeze", "--k=7"],
 }
 ENGINES = {
@@ -85,8 +86,12 @@ def contents(path):
 def assert_equal(ours, theirs):
     assert sorted(ours) == sorted(theirs)
     assert len(ours) > 10
+    weights = [a for name, a in theirs.items() if name.startswith("layers/")]
     for name, array in theirs.items():
         scale = max(np.max(np.abs(array)), 1e-8)
+        if "/outer_optimizer/" in name and array.shape:
+            # Sums of differences of weights, which are as exact as the weights.
+            scale = min(np.max(np.abs(w)) for w in weights if w.shape == array.shape)
         assert np.max(np.abs(ours[name] - array)) <= 1e-5 * scale, name
 
 
@@ -104,7 +109,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("engine", "setting"),
-    list(zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False)),
+    [
+        *zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False),
+        *((engine, "outer") for engine in ENGINES[:-1] if "--loop" not in engine),
+    ],
     ids=lambda value: "".join(value),
 )
 def test_replicas_train_as_one(engine, setting, folder, tmp_path):
@@ -127,8 +135,11 @@ def test_a_run_goes_on_with_another_number_of_replicas(folder, tmp_path):
     assert_equal(contents(path), alone("adamw", folder))
 
 
-def optimizer():
-    return Lookahead(LazyOptimizer(keras.optimizers.Adam(0.01)), k=3)
+def optimizer(momentum=None):
+    """With a momentum, there is an outer optimizer."""
+    outer = momentum and keras.optimizers.SGD(0.7, momentum=momentum, nesterov=True)
+    lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
+    return Lookahead(lazy, k=3, outer_optimizer=outer)
 
 
 # Programs, because the devices are set before TensorFlow or JAX starts
@@ -214,7 +225,7 @@ def test_replicas_clip_their_sums(setting):
     run_python(__file__, "replicas_clip_their_sums", setting, "0.01", one_backend=True)
 
 
-def no_table_is_gathered(shard):
+def no_table_is_gathered(shard, momentum=None):
     """The compiled train step of a sharded table, and where its state lies."""
     import os
 
@@ -229,7 +240,8 @@ def no_table_is_gathered(shard):
     keras.distribution.set_distribution(
         keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )
-    model = make_model(optimizer(), vocabulary, width)
+    momentum = momentum and float(momentum)
+    model = make_model(optimizer(momentum), vocabulary, width)
     x, y = make_data(16)
     model.fit(x, y, batch_size=16, verbose=0)
 
@@ -252,7 +264,8 @@ def no_table_is_gathered(shard):
     expected = jax.sharding.PartitionSpec(*axes)
     shapes = {(vocabulary, width): expected, (vocabulary,): expected[:1]}
     belonging = [v.value for v in model.optimizer.variables if v.shape in shapes]
-    assert len(belonging) == 4  # slow weights, two slots, the rows' last update
+    # Slow weights, two slots, the rows' last update, and an outer momentum.
+    assert len(belonging) == (5 if momentum else 4)
     for array in belonging:
         sharding = jax.sharding.NamedSharding(
             array.sharding.mesh, jax.sharding.PartitionSpec(*shapes[array.shape])
@@ -261,9 +274,10 @@ def no_table_is_gathered(shard):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
+@pytest.mark.parametrize("momentum", [(), ("0.9",)])
 @pytest.mark.parametrize("shard", ["rows", "columns"])
-def test_no_table_is_gathered(shard):
-    run_python(__file__, "no_table_is_gathered", shard, one_backend=True)
+def test_no_table_is_gathered(shard, momentum):
+    run_python(__file__, "no_table_is_gathered", shard, *momentum, one_backend=True)
 
 
 def parameter_servers_are_refused():

@@ -32,6 +32,7 @@ CASES = {
     "decay": lambda: LazyOptimizer(adam()),
     "freeze": lambda: LazyOptimizer(sgd(), moments="freeze"),
     "both": lambda: Lookahead(LazyOptimizer(adam()), 5, 0.7, "interpolate"),
+    "outer": lambda: Lookahead(LazyOptimizer(adam()), 5, outer_optimizer=sgd()),
     "twice": lambda: Lookahead(Lookahead(LazyOptimizer(sgd()), 3), 2, 0.8),
 }
 

@@ -19,7 +19,7 @@ from harness import (
     state,
 )
 
-from keras_lookahead_lazy import LazyOptimizer, Lookahead, inject
+from keras_lookahead_lazy import LazyOptimizer, Lookahead, SlowWeights, inject
 
 K, STEPS, RATE = 3, 11, 0.1
 ETA, MU = 0.7, 0.9
@@ -97,6 +97,30 @@ def test_trajectory(name, lazy, mode):
     for gradient, point in zip(gradients, expected, strict=True):
         assert_agree(run.step(gradient), point)
     assert int(lookahead.outer_optimizer.iterations) == STEPS // K
+
+
+@pytest.mark.parametrize(("eta", "mu"), [(0.7, 0.9), (0.68, 0.37)])
+def test_a_loop_in_torch(eta, mu):
+    """SNOO's loop (DiLoCo's with one worker): `torch.optim.SGD` on phi - theta."""
+    torch = pytest.importorskip("torch")
+    weights = make_weights()
+    outer = keras.optimizers.SGD(eta, momentum=mu, nesterov=True)
+    adam = keras.optimizers.AdamW(0.05, weight_decay=0.1, epsilon=1e-7)
+    run = Run(Lookahead(adam, k=K, outer_optimizer=outer), weights)
+    plain = Run(keras.optimizers.AdamW(0.05, weight_decay=0.1, epsilon=1e-7), weights)
+
+    phi = [torch.tensor(w, dtype=torch.float64) for w in weights]
+    torch_outer = torch.optim.SGD(phi, lr=eta, momentum=mu, nesterov=True)
+    for step, gradient in enumerate(make_gradients(5 * K, weights), 1):
+        theta = plain.step(gradient)  # the inner optimizer is Keras's own
+        if step % K == 0:
+            for slow, fast in zip(phi, theta, strict=True):
+                slow.grad = slow - torch.tensor(fast, dtype=torch.float64)
+            torch_outer.step()
+            theta = [slow.numpy().astype("float32") for slow in phi]
+            for variable, value in zip(plain.variables, theta, strict=True):
+                variable.assign(value)
+        assert_agree(run.step(gradient), theta)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -200,6 +224,52 @@ def test_accumulated_steps_do_not_count():
     lookahead = Lookahead(LazyOptimizer(fast), k=2, outer_optimizer=nesterov())
     fit(make_model(lookahead), 0, 9)
     assert int(lookahead.outer_optimizer.iterations) == 2
+
+
+def test_mixed_bfloat16():
+    """Slow weights and outer slots are float32, as the weights are."""
+    with dtype_policy("mixed_bfloat16"):
+        model = compiled()
+        fit(model, 0, 2 * K)
+    outer = model.optimizer.outer_optimizer
+    assert int(outer.iterations) == 2
+    slots = [v for v in outer.variables if len(v.shape)]
+    assert {keras.backend.standardize_dtype(v.dtype) for v in slots} == {"float32"}
+    with model.optimizer.slow_weights(model):
+        slow = model.get_weights()
+    assert_same_bits(model.get_weights(), slow)  # just after a sync
+
+
+def test_validation_on_slow_weights():
+    model = compiled()
+    x, y = make_data(8 * 4)
+    callbacks = [SlowWeights()]
+    how = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    history = model.fit(x, y, validation_data=(x, y), callbacks=callbacks, **how)
+    fast = model.evaluate(x, y, verbose=0)
+    model.optimizer.load_slow_weights(model)
+    loss = model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(history.history["val_loss"], [loss], rtol=1e-6)
+    assert abs(loss - fast) > 1e-4
+
+
+def test_clone_and_config():
+    """`clone_model` and `from_config` give a new outer optimizer, not built."""
+    model = compiled()
+    fit(model, 0, K)
+    config = keras.optimizers.serialize(model.optimizer)
+    other = keras.optimizers.deserialize(config)
+    assert not other.outer_optimizer.built
+    assert other.outer_optimizer.get_config() == nesterov().get_config() | {
+        "name": model.optimizer.outer_optimizer.name
+    }
+    clone = keras.models.clone_model(model)
+    clone.set_weights(make_model().get_weights())
+    clone.compile(other, "mse", **QUICK)
+    again = compiled()
+    for each in (clone, again):
+        fit(each, 0, 2 * K)
+    assert_same_bits(clone.get_weights(), again.get_weights())
 
 
 def test_config_and_repr():

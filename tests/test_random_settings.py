@@ -7,12 +7,21 @@ the same in every run; `RANDOM_EXAMPLES` is the number of problems (CONTRIBUTING
 import os
 
 import numpy as np
-from harness import BACKEND, OPTIMIZERS, Run, assert_agree, make, numpy, row_slices
+from harness import (
+    BACKEND,
+    OPTIMIZERS,
+    Run,
+    around,
+    assert_agree,
+    make,
+    numpy,
+    row_slices,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference import Reference
 
-from keras_lookahead_lazy import LazyOptimizer, Lookahead
+from keras_lookahead_lazy import LazyOptimizer
 
 # torch takes a tenth of the others' time for one.
 USUAL = {"tensorflow": 300, "jax": 300, "torch": 1500}[BACKEND]
@@ -32,11 +41,22 @@ SETTINGS = [
     {"gradient_accumulation_steps": 2},
     {"loss_scale_factor": 8.0},
 ]
+OUTER = [
+    ("SGD", {"learning_rate": 0.7, "momentum": 0.9, "nesterov": True}),
+    ("SGD", {"learning_rate": 0.5, "momentum": 0.5, "weight_decay": 0.1}),
+    ("Adam", {"learning_rate": 0.05}),
+]
 LOOKAHEADS = st.fixed_dictionaries(
     {
         "k": st.integers(1, 5),
         "alpha": st.floats(0.0625, 1.0),
         "inner_state": st.sampled_from(["maintain", "interpolate", "reset"]),
+    }
+) | st.fixed_dictionaries(
+    {
+        "k": st.integers(1, 5),
+        "outer": st.sampled_from(OUTER),
+        "inner_state": st.sampled_from(["maintain", "reset"]),
     }
 )
 # What happens between two steps, most often nothing.
@@ -111,7 +131,7 @@ def compare(shape, dtype, case, moments, lookahead, steps, sparse):
             # By name, for Keras's own Embedding has no table of more dimensions.
             optimizer = LazyOptimizer(optimizer, ["words/embeddings"], moments)
         if lookahead:
-            optimizer = Lookahead(optimizer, **lookahead)
+            optimizer = around(optimizer, **lookahead)
         return Run(optimizer, weights, "eager")
 
     weights = draw()

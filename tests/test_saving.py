@@ -49,6 +49,10 @@ def accumulating():
     return keras.optimizers.Adam(0.05, gradient_accumulation_steps=2)
 
 
+def nesterov():
+    return keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+
+
 CASES = {
     "maintain": lambda: Lookahead(sgd(), 5),
     "interpolate": lambda: Lookahead(adam(), 5, 0.3, "interpolate"),
@@ -58,6 +62,13 @@ CASES = {
     "both": lambda: Lookahead(LazyOptimizer(rmsprop()), 5, 0.7, "interpolate"),
     "both-freeze": lambda: Lookahead(LazyOptimizer(nadam(), moments="freeze"), 4),
     "twice": lambda: Lookahead(Lookahead(adam(), 3), 2, 0.8, "interpolate"),
+    "outer": lambda: Lookahead(adam(), 5, outer_optimizer=nesterov()),
+    "outer-lazy": lambda: Lookahead(
+        LazyOptimizer(rmsprop()), 2, inner_state="reset", outer_optimizer="adam"
+    ),
+    "outer-twice": lambda: Lookahead(
+        Lookahead(LazyOptimizer(sgd()), 2), 3, outer_optimizer=nesterov()
+    ),
     "accumulating": lambda: Lookahead(LazyOptimizer(accumulating()), 2),
 }
 

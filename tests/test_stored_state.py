@@ -28,6 +28,11 @@ NESTINGS = {
     "lazy": lambda: LazyOptimizer(adam()),
     "freeze": lambda: LazyOptimizer(adam(), moments="freeze"),
     "both": lambda: Lookahead(LazyOptimizer(adam()), k=K),
+    "outer": lambda: Lookahead(
+        LazyOptimizer(adam()),
+        k=K,
+        outer_optimizer=keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True),
+    ),
     "one of two": lambda: Lookahead(LazyOptimizer(adam(), ["words"]), k=K),
     "the other": lambda: Lookahead(LazyOptimizer(adam(), ["tags"]), k=K),
     "twice": lambda: Lookahead(Lookahead(LazyOptimizer(adam()), k=3), k=K),
@@ -144,7 +149,8 @@ def test_keras_finds_each_optimizer_once(name):
                     visit(child)
 
     visit(model.optimizer)
-    assert len(found) == len(set(found)) == len(wrappers(model.optimizer))
+    outer = vars(model.optimizer).get("outer_optimizer") is not None
+    assert len(found) == len(set(found)) == len(wrappers(model.optimizer)) + outer
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,11 +16,11 @@ from benchmarks.workers._setups import SETUPS, distribution
 K = 5
 
 
-def lookahead(inner: keras.Optimizer) -> keras.Optimizer:
+def lookahead(inner: keras.Optimizer, **settings: Any) -> keras.Optimizer:
     # Imported where it is needed: one of the processes does without.
     from keras_lookahead_lazy import Lookahead
 
-    return Lookahead(inner, k=K)
+    return Lookahead(inner, k=K, **settings)
 
 
 def lazy(tables: list, moments: str = "decay", **settings: Any) -> keras.Optimizer:
@@ -50,6 +50,9 @@ OPTIMIZERS = {
     "SGD": lambda tables: SGD(1e-2, momentum=0.9),
     "Lookahead(Adam)": lambda tables: lookahead(Adam()),
     "Lookahead(SGD)": lambda tables: lookahead(SGD(1e-2, momentum=0.9)),
+    "Lookahead(Adam, outer SGD)": lambda tables: lookahead(
+        Adam(), outer_optimizer=SGD(0.7, momentum=0.9, nesterov=True)
+    ),
     "Lazy freeze": lambda tables: lazy(tables, "freeze"),
     "Lazy decay": lazy,
     "Lookahead(Lazy decay)": lambda tables, **settings: lookahead(

@@ -38,6 +38,8 @@ def parser(description: str | None, replicas: int) -> argparse.ArgumentParser:
     add("--moments", choices=("decay", "freeze"), default="decay")
     add("--k", type=int, default=5)
     add("--alpha", type=float, default=0.5)
+    text = "an outer SGD with this Nesterov momentum, instead of alpha"
+    add("--outer-momentum", type=float, metavar="MU", help=text)
     add("--inner-state", default="maintain", metavar="STATE")
     add("--save", type=Path, metavar="FILE.keras", help="save the model at the end")
     add("--resume", type=Path, metavar="FILE.keras", help="go on with a saved model")
@@ -59,10 +61,15 @@ def model(options: Options) -> keras.Model:
         ]
     )
     lazy = LazyOptimizer(CHOICES[options.optimizer](), moments=options.moments)
-    model.compile(
-        Lookahead(lazy, options.k, options.alpha, options.inner_state),
-        "binary_crossentropy",
-    )
+    step = {"alpha": options.alpha}
+    if options.outer_momentum is not None:
+        step = {
+            "outer_optimizer": keras.optimizers.SGD(
+                0.7, momentum=options.outer_momentum, nesterov=True
+            )
+        }
+    lookahead = Lookahead(lazy, options.k, inner_state=options.inner_state, **step)
+    model.compile(lookahead, "binary_crossentropy")
     return model
 
 
