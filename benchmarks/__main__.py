@@ -135,6 +135,8 @@ def smoke_sizes(draw: str) -> Sizes:
         layers=2,
         gpu_matrices=2,
         gpu_matrix=(30, 10),
+        tables=(50, 3, 20),
+        clicks=8,
         vocabularies=(100, 1000),
     )
 

@@ -66,6 +66,8 @@ class Sizes:
         matrices, matrix: the dense weights, 21 million.
         layers: number of small weights where the first step is measured.
         gpu_matrices, gpu_matrix: the dense weights on a GPU, 100 million.
+        tables: rows of DLRM's tables, those of Criteo's categories, at most 10^6.
+        clicks: its batch size.
         vocabularies: of the plot.
     """
 
@@ -85,6 +87,13 @@ class Sizes:
     layers: int = 50
     gpu_matrices: int = 10
     gpu_matrix: tuple[int, int] = (10_000, 1000)
+    # fmt: off
+    tables: tuple[int, ...] = (
+        1460, 583, 10**6, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 10**6, 3194,
+        27, 14_992, 800_000, 10, 5652, 2173, 4, 10**6, 18, 15, 286_181, 105, 142_572,
+    )
+    # fmt: on
+    clicks: int = 2048
     vocabularies: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7)
 
     def lookups(self, vocabulary: int, sparse: bool) -> Problem:
@@ -114,6 +123,7 @@ def goals(sizes: Sizes) -> list[Goal]:
         *_fit_goals(sizes),
         *_huge_goals(sizes),
         *_wide_goals(sizes),
+        *_dlrm_goals(sizes),
         *_setup_goals(sizes),
         *_lazy_goals(sizes),
         *_lookahead_goals(sizes),
@@ -293,6 +303,41 @@ def _wide_goals(sizes: Sizes) -> Iterator[Goal]:
             TITLES[place],
             _big_step(adam, lazy),
         )
+
+
+def _dlrm_goals(sizes: Sizes) -> Iterator[Goal]:
+    """DLRM, with 26 tables of Criteo's sizes."""
+    first, *others = sizes.tables
+    problem = Problem(first, 16, sizes.clicks, tables=tuple(others))
+    for place, floor in (("graph", 12), ("jit", 12), ("jax", 14), ("torch", 25)):
+        adam, lazy, both = (
+            Variant(*PLACES[place], optimizer, problem, "fit")
+            for optimizer in ("Adam", "Lazy decay", "Lookahead(Lazy decay)")
+        )
+        yield Goal(
+            f"fit-dlrm-{place}",
+            "fit: DLRM, Adam / Lazy decay",
+            TITLES[place],
+            _step(adam, lazy),
+            floor,
+            is_floor=True,
+        )
+        for name, variant, limit in (("lazy", lazy, 1.5), ("lookahead", both, 2)):
+            yield Goal(
+                f"fit-dlrm-first-{name}-{place}",
+                f"fit: DLRM, first step, {variant.optimizer} / Adam",
+                TITLES[place],
+                _first(variant, adam),
+                limit,
+            )
+        if place == "torch":
+            yield Goal(
+                "fit-dlrm-torch-loop",
+                "fit: DLRM, Lazy decay / a plain loop with SparseAdam",
+                TITLES[place],
+                _step(lazy, dataclasses.replace(lazy, optimizer="torch SparseAdam")),
+                1.2,
+            )
 
 
 # Set-ups by their names: the dtype policy, what `_setups.SETUPS` calls the rest, the

@@ -43,7 +43,7 @@ def measure(vocabulary: int, width: int, epochs: int = 8) -> dict[str, float]:
     fit = _fit.Fit(keras, model, problem)
     steps = [1e3 * seconds for _ in range(epochs) for seconds in fit.run(10)]
     ids, labels = _fit.data(problem)
-    batch = problem.rows // _fit.LENGTH
+    batch = problem.samples
     size, insight = 4 * batch, TimedInsight()
     model.fit(
         ids[:size],

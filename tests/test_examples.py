@@ -275,7 +275,8 @@ def test_a_file_in_the_format_of_criteo(tmp_path):
         data = criteo.load(tmp_path / name, sizes, train=2, test=1)
         np.testing.assert_array_equal(data.y_train, [0, 1])
         np.testing.assert_array_equal(data.y_test, [0])
-        expected = np.log1p([[0] * 13, [0, 0, *range(2, 13)], np.arange(13) * 2])
+        numbers_read = [[0] * 13, [0, 0, *range(2, 13)], [*range(0, 26, 2)]]
+        expected = np.log1p(np.array(numbers_read, "float32"))
         np.testing.assert_allclose(data.x_train["numbers"], expected[:2], rtol=1e-6)
         np.testing.assert_allclose(data.x_test["numbers"], expected[2:], rtol=1e-6)
         values = 1000 * np.arange(3)[:, None] + np.arange(26)

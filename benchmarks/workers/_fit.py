@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workers import _serve
-from benchmarks.workers._problem import Problem
+from benchmarks.workers._problem import LENGTH, Problem
 
-LENGTH = 32
 # The first steps of a `fit` fill the caches, and compile. They do not count.
 WARM_UP = 5
 
@@ -59,6 +58,7 @@ class Fit(_serve.Case):
         problem: what it looks up.
         temporary: as for any case.
         scope: gives the context to train in.
+        samples: what to train on, from `data` by default.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class Fit(_serve.Case):
         problem: Problem,
         temporary: Callable[[], int | None] | None = None,
         scope: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        samples: tuple[Any, np.ndarray] | None = None,
     ) -> None:
         self.temporary = temporary
         self._scope = scope
         self._model = model
         self._callback = keras.callbacks.LambdaCallback
-        self._data = data(problem)
-        self._batch = problem.rows // LENGTH
+        self._data = samples or data(problem)
+        self._batch = problem.samples
         self._start = 0
         self._held = _serve.resident()
 
@@ -91,6 +92,10 @@ class Fit(_serve.Case):
         clock = self._callback(on_train_batch_end=note_time, async_safe=True)
         self.fit(steps, clock)
         return [(max(times) - min(times)) / steps]
+
+    def first(self) -> float:
+        """Seconds of a `fit` of one step, in which the step is compiled."""
+        return _serve.timed(lambda: self.fit(1 - WARM_UP, self._callback()))
 
     def peak(self) -> int:
         """The most bytes held during steps, beyond those before the first one.
@@ -110,15 +115,19 @@ class Fit(_serve.Case):
 
     def fit(self, steps: int, callback: Any) -> None:
         """Train for so many steps after those of the warm-up."""
-        ids, labels = self._data
+        inputs, labels = self._data
         size = (WARM_UP + steps) * self._batch
-        if self._start + size > len(ids):
+        if self._start + size > len(labels):
             self._start = 0
         part = slice(self._start, self._start + size)
         self._start += size
+        if isinstance(inputs, dict):
+            batches = {name: values[part] for name, values in inputs.items()}
+        else:
+            batches = inputs[part]
         with self._scope():
             self._model.fit(
-                ids[part],
+                batches,
                 labels[part],
                 batch_size=self._batch,
                 shuffle=False,

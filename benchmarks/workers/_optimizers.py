@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras.optimizers import SGD, Adam
 
-from benchmarks.workers import _fit
+from benchmarks.workers import _dlrm, _fit
 from benchmarks.workers._problem import Problem
 from benchmarks.workers._setups import SETUPS, distribution
 
@@ -80,9 +80,17 @@ def build_model(name: str, mode: str, problem: Problem) -> keras.Model:
     setup = SETUPS[problem.setup]
     optimizer_of = functools.partial(OPTIMIZERS[name], **setup.optimizer)
     with distribution(problem.setup).scope():
-        model = _fit.build(keras, optimizer_of, mode, problem, **setup.layer)
+        if problem.tables:
+            model = _dlrm.build(optimizer_of, mode, problem)
+        else:
+            model = _fit.build(keras, optimizer_of, mode, problem, **setup.layer)
         model.optimizer.build(model.trainable_variables)
     return model
+
+
+def samples(problem: Problem) -> tuple | None:
+    """What a model trains on, `None` for what `_fit` draws."""
+    return _dlrm.data(problem) if problem.tables else None
 
 
 def states(optimizer: keras.Optimizer) -> list[Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# Lookups in each sample of a model with one table.
+LENGTH = 32
 # Fresh rows in every step, from this many prepared batches.
 ROW_BATCHES = 256
 ROW_GRADIENTS = 8
@@ -27,7 +29,8 @@ class Problem:
         matrix: shape of each of them.
         policy: the dtype policy of a model's layers.
         setup: how a model is trained beside that, a name in `_setups.SETUPS`.
-        tables: rows of further tables, for a model with many.
+        tables: rows of further tables. If there are any, the model of a `fit` is DLRM,
+            and `rows` is its batch size.
     """
 
     vocabulary: int = 0
@@ -46,6 +49,11 @@ class Problem:
         """Shapes of the weights, the table's first."""
         sizes = [self.vocabulary, *self.tables] if self.vocabulary else []
         return [(size, self.width) for size in sizes] + [self.matrix] * self.matrices
+
+    @property
+    def samples(self) -> int:
+        """The batch size of a `fit`."""
+        return self.rows if self.tables else self.rows // LENGTH
 
     @property
     def weights(self) -> int:

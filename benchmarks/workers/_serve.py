@@ -43,6 +43,10 @@ class Case:
         times = [timed(self._step) for _ in range(self._warm_up + steps)]
         return times[self._warm_up :]
 
+    def first(self) -> float:
+        """Seconds that the first step takes."""
+        return self.run(1)[0]
+
     def peak(self) -> int:
         """The most bytes held during steps, beyond weights and slots."""
         raise NotImplementedError("only of whole steps of `fit`")
@@ -86,10 +90,11 @@ class Server:
         self, key: str, step: str, optimizer: str, mode: str, problem: dict
     ) -> float:
         """Build a case; the seconds that its first step took, compiling and all."""
-        problem["matrix"] = tuple(problem["matrix"])
+        for name in ("matrix", "tables"):
+            problem[name] = tuple(problem[name])
         case = self._make[step](optimizer, mode, Problem(**problem))
         self._cases[key] = case
-        return case.run(1)[0]
+        return case.first()
 
     def run(self, key: str, steps: int) -> list[float]:
         """Seconds a step, of each or (`fit`) the mean."""

@@ -60,13 +60,14 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         variables += [model.optimizer.variables, model.metrics_variables]
         state = tuple([variable.value for variable in part] for part in variables)
         ids, labels = _fit.data(problem)
-        batch = slice(problem.rows // _fit.LENGTH)
+        batch = slice(problem.samples)
         # As in `fit`, which keeps its compiled step to itself.
         step = jax.jit(model.train_step, donate_argnums=0)
         return temporary(step.lower(state, (ids[batch], labels[batch])))
 
     scope = distribution(problem.setup).scope
-    return _fit.Fit(keras, model, problem, train_step_temporary, scope)
+    samples = _optimizers.samples(problem)
+    return _fit.Fit(keras, model, problem, train_step_temporary, scope, samples)
 
 
 def temporary(lowered: jax.stages.Lowered) -> int | None:

@@ -28,6 +28,7 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
         "fit-decay",
         "fit-huge",
         "fit-wide",
+        "fit-dlrm",
         "fit-setups-accumulation",
         "fit-memory",
         "lookahead-adam",
