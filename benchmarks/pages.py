@@ -70,6 +70,15 @@ SETUPS = tuple(
     )
     for scale, of in (("", ""), ("-scale", ", 10^6 rows / 10^5"))
 )
+DLRM = (
+    ("fit-dlrm-{place}", "Adam / LazyOptimizer(Adam)"),
+    ("fit-dlrm-first-lazy-{place}", "first step, LazyOptimizer(Adam) / Adam"),
+    (
+        "fit-dlrm-first-lookahead-{place}",
+        "first step, Lookahead(LazyOptimizer(Adam)) / Adam",
+    ),
+    ("fit-dlrm-torch-loop", "LazyOptimizer(Adam) / SparseAdam in a plain loop"),
+)
 LAZY_STEPS = (
     ("lazy-adam", "Adam / LazyOptimizer, 10^6 rows"),
     ("lazy-decay-scale", "LazyOptimizer, 10^6 rows / 10^4 rows"),
@@ -295,6 +304,7 @@ TABLES: _pages.Tables = {
     "costs-short": short,
     "fit": partial(ratios, FIT),
     "setups": partial(ratios, SETUPS),
+    "dlrm": partial(ratios, DLRM),
     "fit-times": fit_times,
     "lazy-steps": partial(ratios, LAZY_STEPS),
     "lookahead-steps": partial(ratios, LOOKAHEAD_STEPS),

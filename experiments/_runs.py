@@ -1,4 +1,4 @@
-"""Runs of an experiment: each in a process of its own, each leaving one JSON file."""
+"""Runs of an experiment: each in a process of its own, all recorded in one file."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +24,12 @@ from examples.common.record import environment, write_json
 from examples.common.sources import Data, DataError
 
 RESULTS = Path(__file__).parent / "results"
+FILE = "runs.json"  # in the folder of an experiment's runs
+
+_writing = threading.Lock()  # one thread for each run
 
 Settings = dict[str, Any]  # what tells a run from the experiment's others
-Record = dict[str, Any]  # what a run's file holds
+Record = dict[str, Any]  # what is written of a run
 Measure = Callable[[Data, Settings, str], dict[str, Any]]
 
 
@@ -62,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) ->
         help="runs at a time, which share the cores; on a GPU, one "
         "(default: %(default)s)",
     )
-    output = "where the runs' files go; runs that are there already are left out"
+    output = f"where {FILE} goes; runs that are in it already are left out"
     add_trainings(parser, seeds, output)
 
 
@@ -100,15 +104,18 @@ def run_all(
 
     Args:
         experiment: the experiment's name.
-        runs: the settings of every run, by the name of its file.
+        runs: the settings of every run, by its name.
         load_data: makes the data, which go to each run's process.
         measure: makes one run of the data, its settings and its name; a function that a
             new process can import.
-        output: the folder of the runs' files.
+        output: the folder of the runs.
         jobs: runs at a time.
     """
     try:
-        there = [name for name in runs if _is_there(output, name, runs[name])]
+        before = {record["name"]: record for record in read(output)}
+        there = [name for name in runs if name in before]
+        for name in there:
+            _check_settings(before[name], runs[name], output)
         for name in there:
             print(f"{name}: there already")
         missing = [name for name in runs if name not in there]
@@ -123,8 +130,8 @@ def run_all(
     with _cores_divided_by(jobs):
         futures = {}
         for name in missing:
-            run = (experiment, measure, data, name, runs[name], output)
-            futures[threads.submit(_in_new_process, _make_run, *run)] = name
+            run = (experiment, measure, data, name, runs[name])
+            futures[threads.submit(_make_and_add, output, *run)] = name
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 fault = future.exception()
@@ -141,11 +148,22 @@ def run_all(
 
 
 def read(folder: Path) -> list[Record]:
-    """Read the files of all runs in a folder, in the order of their names."""
-    return [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*.json"))
-    ]
+    """Read all runs in a folder, in the order of their names."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return sorted(records, key=lambda record: record["name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a file of runs") from error
+
+
+def add(folder: Path, record: Record) -> None:
+    """Write one more run into a folder's file, or the same run again."""
+    others = [other for other in read(folder) if other["name"] != record["name"]]
+    runs = sorted([*others, record], key=lambda each: each["name"])
+    write_json(folder / FILE, {"runs": runs})
 
 
 def copy_of(variable: keras.Variable) -> np.ndarray:
@@ -167,22 +185,15 @@ class Progress(keras.callbacks.Callback):
         print(f"{self.name}  epoch {epoch + 1}  {measures}", flush=True)
 
 
-def _is_there(folder: Path, name: str, settings: Settings) -> bool:
-    path = folder / f"{name}.json"
-    if not path.exists():
-        return False
-    try:
-        before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))["settings"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not the file of a run") from error
-    wanted = dict(_flat(settings))
+def _check_settings(record: Record, settings: Settings, folder: Path) -> None:
+    """Raise an error if a run that is there has other settings than the wanted one."""
+    before, wanted = dict(_flat(record["settings"])), dict(_flat(settings))
     differing = [key for key in wanted | before if wanted.get(key) != before.get(key)]
     if differing:
         raise DataError(
-            f"{path} is of a run with other settings ({', '.join(differing)}); "
-            "choose another --output or remove it"
+            f"{folder / FILE}: {record['name']} is of a run with other settings "
+            f"({', '.join(differing)}); choose another --output or remove it"
         )
-    return True
 
 
 def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -191,6 +202,14 @@ def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
             yield from _flat(value)
         else:
             yield key, value
+
+
+def _make_and_add(folder: Path, *run: Any) -> float:
+    """Make a run in a new process, write what it measured; return its seconds."""
+    record = _in_new_process(_make_run, *run)
+    with _writing:
+        add(folder, record)
+    return record["seconds"]
 
 
 def _in_new_process(function: Callable, *arguments: Any) -> Any:
@@ -205,14 +224,13 @@ def _make_run(
     data: Data,
     name: str,
     settings: Settings,
-    folder: Path,
-) -> float:
+) -> Record:
     start = time.perf_counter()
     keras.config.set_image_data_format("channels_last")
     keras.utils.set_random_seed(settings["seed"])
     measured = measure(data, settings, name)
     seconds = time.perf_counter() - start
-    record = {
+    return {
         "experiment": experiment,
         "name": name,
         "settings": settings,
@@ -221,8 +239,6 @@ def _make_run(
         "seconds": seconds,
         "results": measured,
     }
-    write_json(folder / f"{name}.json", record)
-    return seconds
 
 
 @contextmanager

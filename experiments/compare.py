@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.common.sources import DataError
 from experiments._intervals import next_interval
 from experiments._runs import RESULTS, Record, Settings, read
 
@@ -107,7 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="where runs were made again")
     options = parser.parse_args(arguments)
-    records = read(options.folder)
+    try:
+        records = read(options.folder)
+    except DataError as error:
+        parser.error(str(error))
     if not records:
         parser.error(f"no runs in {options.folder}")
     committed = {

@@ -14,7 +14,7 @@ from example_data import write_jpegs  # noqa: E402
 
 from examples.cifar_lookahead import __main__ as cifar  # noqa: E402
 from examples.common import imdb as imdb_data  # noqa: E402
-from examples.common.comparison import Comparison  # noqa: E402
+from examples.common.comparison import METRICS, Comparison  # noqa: E402
 from examples.common.sources import DataError  # noqa: E402
 from examples.imdb_lazy import __main__ as imdb  # noqa: E402
 from examples.large_table import __main__ as large_table  # noqa: E402
@@ -106,16 +106,20 @@ def test_large_table_learns_what_pairs_mean(tmp_path):
         assert run["epochs"][-1]["trained_seconds"] == pytest.approx(sum(seconds))
 
 
-def test_no_optimizer_is_behind_adam_on_synthetic_reviews(tmp_path):
+def test_every_optimizer_learns_the_synthetic_reviews(tmp_path):
     """So that the first example a reader runs shows a difference in time alone."""
     status = large_table.main(
         f"--data synthetic --rows 100000 --output {tmp_path}".split()
     )
     assert status == 0
-    adam, *others = [run["best_val_accuracy"] for run in results(tmp_path)["runs"]]
-    assert adam > 0.98
-    assert len(others) == 3
-    assert min(others) > adam - 0.015
+    runs = results(tmp_path)["runs"]
+    best = {run["optimizer"]: run["best_val_accuracy"] for run in runs}
+    assert best.keys() == large_table.CURVES.keys()
+    # What the picture's title calls the same accuracy.
+    fast, slow = large_table.FAST
+    assert abs(best[fast] - best[slow]) <= METRICS["accuracy"].same
+    # Without the word pairs, no model tells good reviews from bad ones.
+    assert min(best.values()) > 0.95
 
 
 def test_the_title_of_a_comparison_of_times_says_what_was_measured(tmp_path):
@@ -181,7 +185,7 @@ def auc(scores, labels):
 
 
 def test_recommender_run_leaves_table_json_and_picture(tmp_path, capsys):
-    names = ["adam", "lazy-freeze", "row-wise-adagrad"]
+    names = ["row-wise-adagrad"]
     status = recommender.main(
         "--data synthetic --rows 3000 --train-samples 512 --test-samples 256 "
         f"--epochs 2 --batch-size 128 --output {tmp_path} "

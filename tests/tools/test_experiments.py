@@ -1,7 +1,6 @@
 """The experiments measure what they say; their runs' files give the results page."""
 
 import dataclasses
-import json
 import shutil
 
 import keras
@@ -40,7 +39,8 @@ TINY = cifar.ImageScale(
 
 
 def read(folder, name):
-    return json.loads((folder / f"{name}.json").read_text())
+    (run,) = [run for run in _runs.read(folder) if run["name"] == name]
+    return run
 
 
 # Runs
@@ -75,10 +75,10 @@ def test_runs_are_made_once_and_side_by_side(tmp_path, capsys):
     assert environment["keras"] == keras.__version__
     assert environment["processor"]
 
-    before = (tmp_path / "seed2.json").stat().st_mtime_ns
+    before = (tmp_path / "runs.json").stat().st_mtime_ns
     assert run_squares(tmp_path, 2) == 0
     assert "seed2: there already" in capsys.readouterr().out
-    assert (tmp_path / "seed2.json").stat().st_mtime_ns == before
+    assert (tmp_path / "runs.json").stat().st_mtime_ns == before
 
     # What was asked for is not what is there.
     assert run_squares(tmp_path, 2, epochs=7) == 2
@@ -91,7 +91,16 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "seed13: failed" in captured.out
     assert "RuntimeError: an unlucky seed" in captured.err
-    assert [path.name for path in tmp_path.iterdir()] == ["seed4.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+    assert [run["name"] for run in _runs.read(tmp_path)] == ["seed4"]
+
+
+def test_a_file_that_is_not_of_runs_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "runs.json"
+    path.write_text('{"runs": [{"na')
+    assert run_squares(tmp_path, 2) == 2
+    assert f"{path} is not a file of runs" in capsys.readouterr().err
+    assert path.read_text() == '{"runs": [{"na'
 
 
 def test_options_change_the_scale():
@@ -196,11 +205,11 @@ def test_large_table_command(tmp_path):
     assert large_table.main([*arguments, *of_one[:3], "0.1", "--batch-size", "8"]) == 0
     at_rate = [*of_one[:3], "0.1"]
     assert large_table.main([*arguments, *at_rate, "--epsilon", "0.001"]) == 0
-    assert len(list(tmp_path.glob("*.json"))) == 6
-    assert (tmp_path / "adam-rows30000-rate0.1-epsilon0.001-seed4.json").exists()
+    assert len(_runs.read(tmp_path)) == 6
+    assert read(tmp_path, "adam-rows30000-rate0.1-epsilon0.001-seed4")
     with pytest.raises(SystemExit):
         large_table.main([*arguments, *of_two, "--epsilon", "0.001"])
-    assert (tmp_path / "adam-rows30000-rate0.1-batch8-seed4.json").exists()
+    assert read(tmp_path, "adam-rows30000-rate0.1-batch8-seed4")
     records = _runs.read(tmp_path)
     for record in records:
         first, second = record["results"]["epochs"]
@@ -562,7 +571,7 @@ def test_settings_that_differ_are_named(tmp_path, monkeypatch, capsys):
     ):
         run = read(folder, "seed2")
         run["settings"] = settings
-        (folder / "seed2.json").write_text(json.dumps(run))
+        _runs.add(folder, run)
     capsys.readouterr()
     assert compare.main([str(again)]) == 1
     assert capsys.readouterr().out == (
@@ -596,4 +605,4 @@ def test_the_processor_is_recorded(tmp_path):
 def change_squared(folder, name, squared):
     run = read(folder, name)
     run["results"]["squared"] = squared
-    (folder / f"{name}.json").write_text(json.dumps(run))
+    _runs.add(folder, run)
