@@ -60,8 +60,11 @@ def go_on(path, result):
 @pytest.mark.parametrize(
     ("other", "moments", "has_outer"),
     [
-        *zip(OTHERS, ["decay", "freeze"], [False, False], strict=False),
-        *zip(OTHERS, ["freeze", "decay"], [True, True], strict=False),
+        *zip(OTHERS, ["decay", "freeze"], [False, True], strict=False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in zip(OTHERS, ["freeze", "decay"], [True, False], strict=False)
+        ),
     ],
 )
 def test_training_goes_on_on_another_backend(other, moments, has_outer, tmp_path):

@@ -46,9 +46,8 @@ def test_every_goal_has_a_figure_or_a_reason(tmp_path: Path) -> None:
     assert {name.split()[0] for name in report["workers"]} == {"torch"}
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param("tensorflow", marks=pytest.mark.long), "jax"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_the_other_backends_measure(backend: str, tmp_path: Path) -> None:
     """A whole `fit`, on two devices, too, single steps, and bare operations."""
     names = ["fit-setups-mirrored-*", "fit-setups-model-parallel-*"]
@@ -58,6 +57,12 @@ def test_the_other_backends_measure(backend: str, tmp_path: Path) -> None:
     assert len(measured) >= 2
     assert all(math.isfinite(figure) for figure in measured)
     assert {name.split()[0] for name in report["workers"]} == {backend}
+
+
+def test_a_single_line_is_measured(tmp_path: Path) -> None:
+    report = run(tmp_path, "--backends", "torch", "--only", "fit-dlrm-torch-loop")
+    (goal,) = report["goals"]
+    assert math.isfinite(goal["measured"])
 
 
 def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
