@@ -121,6 +121,7 @@ class Fit(_serve.Case):
             self._start = 0
         part = slice(self._start, self._start + size)
         self._start += size
+        batches: Any
         if isinstance(inputs, dict):
             batches = {name: values[part] for name, values in inputs.items()}
         else:

@@ -67,7 +67,10 @@ class MeanOfWords(torch.nn.Module):
 
 def torch_loop(problem: Problem) -> _serve.Step:
     """A step with SparseAdam for the tables, and Adam for the rest."""
+    model: Any
+    loss_of: Callable[..., torch.Tensor]
     samples: Any
+    inputs: Any
     if problem.tables:
         model, loss_of = Dlrm(problem), functional.binary_cross_entropy_with_logits
         samples = _dlrm.data(problem)
