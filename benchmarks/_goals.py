@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks._measure import Bench, Figure, Variant
 from benchmarks.workers._problem import Problem
+from examples.recommender.criteo import SIZES
 
 K = 5
 # Where Keras's optimizers run: the worker, the mode, and what it is called.
@@ -87,12 +88,7 @@ class Sizes:
     layers: int = 50
     gpu_matrices: int = 10
     gpu_matrix: tuple[int, int] = (10_000, 1000)
-    # fmt: off
-    tables: tuple[int, ...] = (
-        1460, 583, 10**6, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 10**6, 3194,
-        27, 14_992, 800_000, 10, 5652, 2173, 4, 10**6, 18, 15, 286_181, 105, 142_572,
-    )
-    # fmt: on
+    tables: tuple[int, ...] = SIZES
     clicks: int = 2048
     vocabularies: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7)
 

@@ -191,7 +191,7 @@ def _check_settings(record: Record, settings: Settings, folder: Path) -> None:
     differing = [key for key in wanted | before if wanted.get(key) != before.get(key)]
     if differing:
         raise DataError(
-            f"{folder / FILE}: {record['name']} is of a run with other settings "
+            f"{folder / FILE}: the run {record['name']} has other settings "
             f"({', '.join(differing)}); choose another --output or remove it"
         )
 

@@ -159,9 +159,8 @@ class Lookahead(OptimizerWrapper):
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
-        placed = {_keras.key(self, w): w for w in weights}
-        tables = placed.keys() & self.moved_rows()
-        self._places = {key: engine.placement(placed[key]) for key in tables}
+        tables, keyed = self.moved_rows(), [(_keras.key(self, w), w) for w in weights]
+        self._places = {key: engine.placement(w) for key, w in keyed if key in tables}
         self._slot_pairs, self._reset_slots = [], []
         self._initial_values = initial_values
         if self.inner_state == "interpolate":

@@ -243,10 +243,10 @@ def test_model_is_that_of_the_paper():
 
 def test_rare_ids_tell_more_of_a_click_than_common_ones():
     """Rated by the clicks that each id got in other draws: no model, no optimizer."""
-    train, clicks = dlrm.draw_clicks(dlrm.SIZES, 200_000, seed=0)
-    test, labels = dlrm.draw_clicks(dlrm.SIZES, 20_000, seed=1)
+    train, clicks = dlrm.draw_clicks(criteo.SIZES, 200_000, seed=0)
+    test, labels = dlrm.draw_clicks(criteo.SIZES, 20_000, seed=1)
     score = {"common": np.zeros(len(labels)), "rare": np.zeros(len(labels))}
-    for table, rows in enumerate(dlrm.SIZES):
+    for table, rows in enumerate(criteo.SIZES):
         ids = train["ids"][:, table]
         shown = np.bincount(ids, minlength=rows)
         clicked = np.bincount(ids, clicks, minlength=rows)
@@ -293,8 +293,8 @@ def test_a_file_in_the_format_of_criteo(tmp_path):
 def test_a_short_file_keeps_its_last_tenth_for_the_test(tmp_path):
     line = "\t".join(["1", *["5"] * 13, *["ff"] * 26]) + "\n"
     (tmp_path / "clicks.tsv").write_text(20 * line)
-    data = criteo.load(tmp_path / "clicks.tsv", dlrm.SIZES)
+    data = criteo.load(tmp_path / "clicks.tsv", criteo.SIZES)
     assert (len(data.y_train), len(data.y_test)) == (18, 2)
     (tmp_path / "clicks.tsv").write_text(line)
     with pytest.raises(DataError, match="expected at least 2 lines, received 1"):
-        criteo.load(tmp_path / "clicks.tsv", dlrm.SIZES)
+        criteo.load(tmp_path / "clicks.tsv", criteo.SIZES)

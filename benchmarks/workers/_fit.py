@@ -42,8 +42,13 @@ def build(
     return model
 
 
-def data(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def data(problem: Problem) -> tuple[Any, np.ndarray]:
     """Fresh rows in every step, and something to learn."""
+    if problem.tables:
+        # Imported where it is needed: Keras 2 does without.
+        from benchmarks.workers import _dlrm
+
+        return _dlrm.data(problem)
     ids = np.stack(problem.row_ids()).reshape(-1, LENGTH)
     labels = np.random.default_rng(3).standard_normal((len(ids), 1), np.float32)
     return ids, labels
@@ -58,7 +63,6 @@ class Fit(_serve.Case):
         problem: what it looks up.
         temporary: as for any case.
         scope: gives the context to train in.
-        samples: what to train on, from `data` by default.
     """
 
     def __init__(
@@ -68,13 +72,12 @@ class Fit(_serve.Case):
         problem: Problem,
         temporary: Callable[[], int | None] | None = None,
         scope: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-        samples: tuple[Any, np.ndarray] | None = None,
     ) -> None:
         self.temporary = temporary
         self._scope = scope
         self._model = model
         self._callback = keras.callbacks.LambdaCallback
-        self._data = samples or data(problem)
+        self._data = data(problem)
         self._batch = problem.samples
         self._start = 0
         self._held = _serve.resident()

@@ -88,11 +88,6 @@ def build_model(name: str, mode: str, problem: Problem) -> keras.Model:
     return model
 
 
-def samples(problem: Problem) -> tuple | None:
-    """What a model trains on, `None` for what `_fit` draws."""
-    return _dlrm.data(problem) if problem.tables else None
-
-
 def states(optimizer: keras.Optimizer) -> list[Any]:
     """The arrays of an optimizer, and of those that it wraps."""
     values = []

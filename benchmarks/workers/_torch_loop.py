@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.workers import _dlrm, _fit, _serve
+from benchmarks.workers import _fit, _serve
 from benchmarks.workers._problem import Problem
-from examples.recommender.model import NUMBERS
+from examples.recommender.criteo import NUMBERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,16 +69,13 @@ def torch_loop(problem: Problem) -> _serve.Step:
     """A step with SparseAdam for the tables, and Adam for the rest."""
     model: Any
     loss_of: Callable[..., torch.Tensor]
-    samples: Any
     inputs: Any
     if problem.tables:
         model, loss_of = Dlrm(problem), functional.binary_cross_entropy_with_logits
-        samples = _dlrm.data(problem)
     else:
         model, loss_of = MeanOfWords(problem), functional.mse_loss
-        samples = _fit.data(problem)
     model.to(DEVICE)
-    x, labels = samples
+    x, labels = _fit.data(problem)
     if isinstance(x, dict):
         parts = zip(*map(_batches(problem), x.values()), strict=True)
         inputs = [dict(zip(x, part, strict=True)) for part in parts]

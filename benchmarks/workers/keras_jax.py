@@ -66,8 +66,7 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         return temporary(step.lower(state, (ids[batch], labels[batch])))
 
     scope = distribution(problem.setup).scope
-    samples = _optimizers.samples(problem)
-    return _fit.Fit(keras, model, problem, train_step_temporary, scope, samples)
+    return _fit.Fit(keras, model, problem, train_step_temporary, scope)
 
 
 def temporary(lowered: jax.stages.Lowered) -> int | None:

@@ -16,7 +16,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from benchmarks.workers import _fit  # noqa: E402
-from benchmarks.workers._optimizers import build, build_model, samples  # noqa: E402
+from benchmarks.workers._optimizers import build, build_model  # noqa: E402
 from benchmarks.workers._problem import Problem  # noqa: E402
 from benchmarks.workers._setups import distribution  # noqa: E402
 
@@ -62,8 +62,7 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         model.optimizer.build(model.trainable_variables)
         return _fit.Fit(keras, model, problem)
     model = build_model(name, mode, problem)
-    scope = distribution(problem.setup).scope
-    return _fit.Fit(keras, model, problem, scope=scope, samples=samples(problem))
+    return _fit.Fit(keras, model, problem, scope=distribution(problem.setup).scope)
 
 
 def bare_lazy_adam(shape: tuple[int, int]) -> Callable[[list], None]:

@@ -55,7 +55,7 @@ def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
         return _serve.Case(torch_loop(problem), warm_up=_fit.WARM_UP)
     model = _optimizers.build_model(name, mode, problem)
     touch(_optimizers.states(model.optimizer))
-    return _fit.Fit(keras, model, problem, samples=_optimizers.samples(problem))
+    return _fit.Fit(keras, model, problem)
 
 
 def tensor(array: object) -> torch.Tensor:

@@ -16,7 +16,7 @@ from examples.common.comparison import Comparison, EpochTimer
 from examples.common.plots import BLACK, BLUE, ORANGE, SKY, Curve
 from examples.common.sources import Data, DataError
 from examples.recommender import criteo
-from examples.recommender.model import SIZES, draw_clicks, make_model
+from examples.recommender.model import draw_clicks, make_model
 from examples.recommender.row_wise_adagrad import RowWiseAdagrad
 from keras_lookahead_lazy import LazyOptimizer
 
@@ -94,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_rate(parser, "--learning-rate", 1e-3)
     options.add_rate(parser, "--adagrad-learning-rate", 0.02)
     options.add_comparison(parser, CURVES, batch_size=2048)
-    options.add_size(parser, "--rows", max(SIZES), 2, "at most, of each table")
+    options.add_size(parser, "--rows", max(criteo.SIZES), 2, "at most, of each table")
     options.add_size(parser, "--width", 16, 1, "of the tables")
     given = parser.parse_args(arguments)
-    sizes = [min(rows, given.rows) for rows in SIZES]
+    sizes = [min(rows, given.rows) for rows in criteo.SIZES]
     limits = given.train_samples, given.test_samples
     try:
         if given.data == "synthetic":

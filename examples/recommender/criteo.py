@@ -13,8 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from examples.common.sources import Data, DataError, one_line
-from examples.recommender.model import NUMBERS, SIZES
 
+NUMBERS = 13
+# How many values each of Criteo's 26 categories has, at most a million.
+# fmt: off
+SIZES = (
+    1460, 583, 1_000_000, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 1_000_000,
+    3194, 27, 14_992, 800_000, 10, 5652, 2173, 4, 1_000_000, 18, 15, 286_181, 105,
+    142_572,
+)
+# fmt: on
 CATEGORIES = len(SIZES)
 TRAIN, TEST = 1_000_000, 100_000  # lines
 MISSING = -1

@@ -10,15 +10,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-NUMBERS = 13
-# How many values each of Criteo's 26 categories has, at most a million.
-# fmt: off
-SIZES = (
-    1460, 583, 1_000_000, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 1_000_000,
-    3194, 27, 14_992, 800_000, 10, 5652, 2173, 4, 1_000_000, 18, 15, 286_181, 105,
-    142_572,
-)
-# fmt: on
+from examples.recommender.criteo import NUMBERS, SIZES
+
 COMMON = 100  # ids of each table that say little about a click
 EFFECTS_SEED = 7
 
