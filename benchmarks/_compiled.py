@@ -7,11 +7,12 @@ they import this, which imports JAX and Keras.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ from benchmarks.workers._problem import Problem
 from examples.common.options import add_output
 from examples.common.record import environment, write_json
 
-# Rows of the table that is really made: a number that no other dimension has.
-STAND_IN = 997
+# Rows of the table that is really made: a number that no other dimension has, and that
+# all devices can divide.
+STAND_IN = 11 * 256
 LAZY = ("Lazy decay", "Lazy freeze", "Lookahead(Lazy decay)")
 KINDS = ("Adam", "Lookahead(Adam)", *LAZY)
 POLICIES = ("float32", "mixed_bfloat16")
@@ -215,8 +217,9 @@ def compile_step(program: Program, devices: Sequence[Any]) -> Compiled:
 def abstract_model(program: Program) -> tuple[keras.Model, Any]:
     """A model built with a stand-in for the table, and the shapes of its state."""
     problem = Problem(STAND_IN, program.width, program.rows, policy=program.policy)
-    model = build_model(program.optimizer, "jit", problem)
-    model.optimizer.build(model.trainable_variables)
+    with table_by_rows(program.devices):
+        model = build_model(program.optimizer, "jit", problem)
+        model.optimizer.build(model.trainable_variables)
     batch = np.zeros((1, _fit.LENGTH), "int32"), np.zeros((1, 1), "float32")
     model._symbolic_build(data_batch=batch)
     parts = (
@@ -231,6 +234,26 @@ def abstract_model(program: Program) -> tuple[keras.Model, Any]:
     return model, tuple(
         [jax.ShapeDtypeStruct(v.shape, v.value.dtype) for v in part] for part in parts
     )
+
+
+@contextlib.contextmanager
+def table_by_rows(devices: int) -> Iterator[None]:
+    """Divide embedding tables that are made between stand-ins for the devices.
+
+    While the step is traced, Keras must not ask for the stand-ins themselves.
+    """
+    mesh = keras.distribution.DeviceMesh(
+        (devices,), ("devices",), keras.distribution.list_devices("cpu")[:devices]
+    )
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*embeddings"] = ("devices", None)
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="devices")
+    )
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(None)
 
 
 def lookahead_goals(compiled: Compiled, done: list[Compiled]) -> list[Goal]:

@@ -13,7 +13,8 @@ from typing import Any
 os.environ.update(
     JAX_PLATFORMS="cpu",
     KERAS_BACKEND="jax",
-    XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+    XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
+    "--xla_force_host_platform_device_count=4",
 )
 
 from jax.experimental import topologies

@@ -15,6 +15,7 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     JAX_PLATFORMS="cpu",
     KERAS_BACKEND="jax",
+    XLA_FLAGS="--xla_force_host_platform_device_count=256",
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",

@@ -243,6 +243,7 @@ class LazyOptimizer(OptimizerWrapper):
             slots=_keras.slots(inner, variable),
             slots_by_row=slots_by_row,
             kind=self._kind(variable, slots_by_row),
+            place=engine.placement(variable),
             log_rates=log_rates or {},
             last_update=last_update,
             caught_up=self._add_number(f"{name}_caught_up"),

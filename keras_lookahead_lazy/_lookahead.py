@@ -225,9 +225,9 @@ class Lookahead(OptimizerWrapper):
                 left_out.append((fast, slow))
             elif key in moved:
                 is_moved = have_moved if is_nested else moved[key].within(self.k)
-                last_update = moved[key].last_update
-                table = MovedTable(variables, last_update, is_moved, function)
-                tables.setdefault(self._places[key], []).append(table)
+                last_update, place = moved[key].last_update, self._places[key]
+                table = MovedTable(variables, last_update, is_moved, function, place)
+                tables.setdefault(place, []).append(table)
             elif isinstance(function, Sync):
                 in_place.append((fast, slow))
             else:

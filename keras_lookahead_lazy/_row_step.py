@@ -23,11 +23,12 @@ class Table:
     """An embedding table and what is kept for it.
 
     Attributes:
-        variable: The table, of shape `(vocabulary, ...)`. slots: The inner optimizer's
-        slots for the table, by name. slots_by_row: The names of the slots that have one
-        entry per row. kind: Equal for tables whose rows the inner optimizer updates in
-        the same way, so
-            that they can be joined. `None` if it may treat tables differently.
+        variable: The table, of shape `(vocabulary, ...)`.
+        slots: The inner optimizer's slots for the table, by name.
+        slots_by_row: The names of the slots that have one entry per row.
+        kind: Equal for tables whose rows the inner optimizer updates in the same way,
+            so that they can be joined. `None` if it may treat tables differently.
+        place: The engine's `placement` of the table.
         log_rates: The logarithm of each slot's decay factor in a step without gradient.
             Empty if it is not known, so that each step has to work on every row.
         last_update: Int variable of shape `(vocabulary,)`, see `_catch_up`.
@@ -46,6 +47,7 @@ class Table:
     slots: dict[str, keras.Variable]
     slots_by_row: set[str]
     kind: Any
+    place: Any
     log_rates: Mapping[str, float]
     last_update: keras.Variable
     caught_up: keras.Variable
@@ -148,7 +150,9 @@ def _step_on(
         part = replace(parts[0], gradient=gradient)
         step_on(_SampledRows([part], [stored], decays))
 
-    engine.step_in_rounds(parts[0].gradient, parts[0].stored, step_on_round)
+    engine.step_in_rounds(
+        parts[0].gradient, parts[0].stored, table.place, step_on_round
+    )
 
 
 class _SampledRows:

@@ -75,7 +75,13 @@ def check_sync_of_rows(tables, mode):
         True if keras.backend.backend() == "torch" else ops.convert_to_tensor(True)
     )
     moved = [
-        MovedTable(tuple(group), last, lambda last: last > 8, Sync(0.4))
+        MovedTable(
+            variables=tuple(group),
+            last_update=last,
+            is_moved=lambda last: last > 8,
+            function=Sync(0.4),
+            place=engine.placement(group[0]),
+        )
         for group, last, _ in tables
     ]
     variables = [v for table in moved for v in table.variables]

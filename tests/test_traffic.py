@@ -68,11 +68,14 @@ def test_rows_cross_and_no_table(engine, setting):
     assert not [each for each in found if has_table(each)]
     widths = {WIDTH, WIDTH // 4}  # of a table that is divided by columns
     assert any(len(each.shape) == 2 and each.shape[1] in widths for each in found)
-    # Rows of the table and of what is kept for it, ids, and the dense weights. A sync
-    # finds moved rows by bisection, and reads and writes them, 2048 at a time.
     sizes = [each.bytes for each in found if each.bytes is not None]
-    sync = 2048 * (2 * WIDTH + 64) * 4 if engine == "model_parallel_rows" else 0
-    assert sum(sizes) < 12 * LOOK_UPS * (WIDTH + 2) * 8 + sync
+    # Rows of the table and of what is kept for it, ids, and the dense weights.
+    most = 12 * LOOK_UPS * (WIDTH + 2) * 8
+    if engine == "model_parallel_rows":
+        # Each device updates its own rows: what was looked up crosses on the way out,
+        # and its gradients on the way back. A sync needs nothing of other devices.
+        most = LOOK_UPS * (2 * WIDTH + 2) * 4 + 1000
+    assert sum(sizes) <= most
 
 
 ENGINES_THAT_SEE = ENGINES + ["ddp_alone"] * (BACKEND == "torch")

@@ -75,12 +75,14 @@ class MovedTable(NamedTuple):
             each row.
         is_moved: Returns which rows have moved, for the value of `last_update`.
         function: Returns the rows' new values for their old ones.
+        place: The engine's `placement` of the table.
     """
 
     variables: tuple[Any, ...]
     last_update: Any
     is_moved: Callable[[Any], Any]
     function: Callable[..., tuple]
+    place: Any
 
 
 class Engine(Protocol):
@@ -132,13 +134,20 @@ class Engine(Protocol):
         """Return which rows of a gradient are not all zero; `None` if no row is."""
 
     def step_in_rounds(
-        self, gradient: Any, variables: Sequence[Any], step: Callable[[Any, Any], None]
+        self,
+        gradient: Any,
+        variables: Sequence[Any],
+        place: Any,
+        step: Callable[[Any, Any], None],
     ) -> None:
         """Call `step(gradient, variables)`, in chunks of rows if there are many.
+
+        If devices divide the rows between them, each device calls it for its own rows.
 
         Args:
             gradient: The gradient of a table, in any form.
             variables: Replicas of the table and of its other variables.
+            place: The table's `placement`.
         """
 
     def whole(self, gradient: Any) -> Any:
@@ -260,7 +269,7 @@ class Engine(Protocol):
         """Assign new values to the rows of some tables that have moved.
 
         Args:
-            tables: At least one. All have the same `placement`.
+            tables: At least one. All have the same `place`.
         """
 
     # The rest

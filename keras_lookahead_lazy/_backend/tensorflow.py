@@ -115,7 +115,9 @@ def sampled(gradient: tf.Tensor) -> tf.Tensor:
     return tensorflow_rows.has_entries(gradient)
 
 
-def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
+def step_in_rounds(
+    gradient: Any, variables: Sequence, place: Any, step: Callable
+) -> None:
     step(gradient, variables)
 
 

@@ -86,7 +86,9 @@ def sampled(gradient: torch.Tensor) -> torch.Tensor | None:
     return _has_entries(gradient)
 
 
-def step_in_rounds(gradient: Any, variables: Sequence, step: Callable) -> None:
+def step_in_rounds(
+    gradient: Any, variables: Sequence, place: Any, step: Callable
+) -> None:
     step(gradient, variables)
 
 
@@ -267,7 +269,7 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
 
 @torch.no_grad()
 def update_rows(tables: Sequence[_backend.MovedTable]) -> None:
-    for variables, last_update, is_moved, function in tables:
+    for variables, last_update, is_moved, function, _ in tables:
         moved = is_moved(last_update.value)
         if _is_on_host(moved):
             for rows in moved.nonzero()[:, 0].split(ROWS_PER_ROUND):
