@@ -36,7 +36,10 @@ INTEGERS = "int32"
 ROWS_PER_LOOK_UP = 8
 # If a table is divided between devices, each device needs the rows that all devices
 # look up. They are read in chunks of this size.
-LOOK_UPS_PER_READ = 2**19
+LOOK_UPS_PER_READ = 2**17
+# More rows than this are not joined with those of other tables, because joining them
+# copies them.
+ROWS_TO_JOIN = 2**16
 
 
 # Lookups and their gradients
@@ -76,9 +79,7 @@ def fixed_length(indices: jax.Array) -> int:
 
 def may_join(gradient: Any, table: keras.Variable) -> bool:
     is_by_rows = isinstance(gradient, RowGradient)
-    return (
-        len(gradient.indices if is_by_rows else gradient) <= jax_rows.LOOK_UPS_PER_ROUND
-    )
+    return len(gradient.indices if is_by_rows else gradient) <= ROWS_TO_JOIN
 
 
 def rows_to_join(gradient: Any, table: keras.Variable) -> tuple[Any, jax.Array]:
@@ -160,8 +161,7 @@ def listed_rows(
     listed = jnp.where(jnp.arange(size) < count, ids.value[:size], rows)
     listed = jnp.sort(listed)
     is_new = jnp.concatenate([jnp.zeros(1, bool), listed[1:] != listed[:-1]])
-    length = jax_rows.whole_rounds(size)
-    indices = jnp.full(length, rows, listed.dtype)
+    indices = jnp.full(size, rows, listed.dtype)
     indices = indices.at[jnp.cumsum(is_new)].set(listed, indices_are_sorted=True)
     values = variable.value.at[indices].get(mode="fill", fill_value=0)
     return RowGradient(values, indices, None)

@@ -32,6 +32,11 @@ class Placement:
     sharding: Any
     owner: int | None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several devices store the table, or parts of it."""
+        return len(self.sharding.device_set) > 1
+
     @functools.cached_property
     def row_axes(self) -> Any:
         """The mesh axes that divide the rows. `None` if columns are divided, too."""

@@ -15,9 +15,12 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import RowGradient
 from keras_lookahead_lazy._backend.jax_placement import Placement, on_owners, own_rows
 
-# If a table is divided between devices, each device gets the rows that all devices
-# look up. A step processes them in chunks of this size.
-LOOK_UPS_PER_ROUND = 2**16
+# Each of several devices needs the rows that all of them look up. They are summed, and
+# processed by a step, in chunks of this size.
+LOOK_UPS_PER_ROUND = 2**15
+# The same for a step on one device. A GPU has to wait for the host after each chunk, so
+# most steps should be one.
+ON_ONE_DEVICE = 2**20
 
 
 def sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
@@ -30,10 +33,10 @@ def sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
     ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
     is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
     position = jnp.cumsum(is_new)
-    size, length = min(count, LOOK_UPS_PER_ROUND), whole_rounds(count)
-    rounds = length // size
+    size = min(count, LOOK_UPS_PER_ROUND)
+    rounds = math.ceil(count / size)
     parts = [
-        jnp.pad(whole, (0, length - count), constant_values=length).reshape(-1, size)
+        jnp.pad(whole, (0, -count % size), constant_values=count).reshape(-1, size)
         for whole in (order, position)
     ]
 
@@ -42,17 +45,10 @@ def sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
         more = values.at[sources].get(mode="clip")
         return sums.at[targets].add(more, mode="drop", indices_are_sorted=True)
 
-    sums = jnp.zeros((length, *values.shape[1:]), values.dtype)
-    sums = jax.lax.fori_loop(0, rounds, add, sums)
-    indices = jnp.full(length, rows, ids.dtype)
+    sums = jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(values))
+    indices = jnp.full(count, rows, ids.dtype)
     indices = indices.at[position].set(ids, indices_are_sorted=True)
     return RowGradient(sums, indices, None)
-
-
-def whole_rounds(count: int) -> int:
-    """Round a count up to a whole number of rounds, if there is more than one."""
-    size = min(count, LOOK_UPS_PER_ROUND)
-    return size * math.ceil(count / size)
 
 
 def step_in_rounds(
@@ -66,7 +62,8 @@ def step_in_rounds(
     def step_on_own(values: tuple, gradient: RowGradient) -> tuple:
         views = _views(values, variables)
         own = own_rows(gradient, place, len(values[0]))
-        _step_in_rounds(own, views, step)
+        size = LOOK_UPS_PER_ROUND if place.is_shared else ON_ONE_DEVICE
+        _step_in_rounds(own, views, size, step)
         return tuple(view.value for view in views)
 
     values = tuple(variable.value for variable in variables)
@@ -80,13 +77,19 @@ def _views(values: Sequence, variables: Sequence[keras.Variable]) -> list:
     return [_keras.UnstoredVariable(value, variable) for value, variable in pairs]
 
 
-def _step_in_rounds(gradient: RowGradient, variables: Sequence, step: Callable) -> None:
+def _step_in_rounds(
+    gradient: RowGradient, variables: Sequence, size: int, step: Callable
+) -> None:
     """Run the step in a loop that carries the values of the variables."""
-    size, rows = LOOK_UPS_PER_ROUND, variables[0].shape[0]
     sums, indices, position = gradient
-    if len(indices) <= size:
+    count, rows = len(indices), variables[0].shape[0]
+    if count <= size:
         step(gradient, variables)
         return
+    if position is None:
+        position = jnp.arange(count)
+    indices = jnp.pad(indices, (0, -count % size), constant_values=rows)
+    position = jnp.pad(position, (0, -count % size))
 
     def step_on_next(carry: tuple) -> tuple:
         start, *values = carry
@@ -94,11 +97,7 @@ def _step_in_rounds(gradient: RowGradient, variables: Sequence, step: Callable) 
         part_of = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
         )
-        if position is None:
-            part = RowGradient(part_of(sums), part_of(indices), None)
-        else:
-            part = RowGradient(sums, part_of(indices), part_of(position))
-        step(part, views)
+        step(RowGradient(sums, part_of(indices), part_of(position)), views)
         return start + size, *(view.value for view in views)
 
     def has_rows(carry: tuple) -> jax.Array:
