@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -122,102 +121,7 @@ def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:
     return tf.cond(tf.reduce_all(first != 0), lambda: tensors, leave_out)
 
 
-def positions(chosen: tf.Tensor, parts: int) -> list[tf.Tensor]:
-    """Call `tf.where` for so many parts of a vector, which run in parallel."""
-    size = -(-chosen.shape[0] // parts)
-    starts = range(0, parts * size, size)
-    return [tf.where(chosen[i : i + size])[:, 0] + i for i in starts]
-
-
 def choose(chosen: tf.Tensor, *tensors: tf.Tensor) -> tuple:
     """Return the rows of some tensors that are `True` in the vector `chosen`."""
     rows = tf.where(chosen)[:, 0]
     return tuple(tf.gather(tensor, rows) for tensor in tensors)
-
-
-def in_rounds(chosen: tf.Tensor, size: int, function: Callable) -> None:
-    """Call `function` with the positions of `chosen`, `size` at a time, under XLA.
-
-    In the last round, the last position is repeated to fill up. 32 entries are packed
-    into a word, so that the searched vector is short.
-    """
-    padding = -chosen.shape[0] % 32
-    pieces = tf.reshape(tf.pad(chosen, [[0, padding]]), [-1, 32])
-    bits = tf.constant([2**bit for bit in range(32)], "uint32")
-    words = tf.reduce_sum(tf.where(pieces, bits, tf.zeros_like(bits)), axis=1)
-    counts = _count_bits(words)
-    rank = tf.cumsum(counts)
-    total = rank[-1]
-
-    def work(start: tf.Tensor) -> tuple[tf.Tensor]:
-        wanted = tf.minimum(start + tf.range(1, size + 1), total)
-        word = _first_at_least(rank, wanted)
-        before = tf.gather(rank, word) - tf.gather(counts, word)
-        bit = _bit(tf.gather(words, word), wanted - before - 1)
-        function(32 * word + bit)
-        return (start + size,)
-
-    tf.while_loop(lambda start: start < total, work, [tf.zeros((), "int32")])
-
-
-def _bit(word: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """Return the position of a word's `number`-th set bit, counted from 0."""
-
-    def go_on(
-        width: tf.Tensor, place: tf.Tensor, number: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        ones = tf.bitwise.left_shift(tf.constant(1, "uint32"), width) - 1
-        shifted = tf.bitwise.right_shift(word, place)
-        before = _count_bits(tf.bitwise.bitwise_and(shifted, ones))
-        is_further = before <= number
-        number = tf.where(is_further, number - before, number)
-        return width // 2, tf.where(is_further, place + width, place), number
-
-    width = tf.constant(16, "uint32")
-    start = width, tf.zeros_like(word), number
-    _, place, _ = tf.while_loop(lambda width, *_: width > 0, go_on, start)
-    return tf.cast(place, "int32")
-
-
-def _count_bits(words: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.raw_ops.PopulationCount(x=words), "int32")
-
-
-def _first_at_least(ascending: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
-    """Return, by bisection, positions of the first entries that are `wanted` or more.
-
-    XLA's `tf.searchsorted` compares all entries with all. This uses a loop because XLA
-    computes a carried value once. Unrolled, it would compute the first steps again for
-    every use.
-    """
-    length = ascending.shape[0]
-
-    def go_on(distance: tf.Tensor, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        further = position + distance
-        before = tf.gather(ascending, tf.minimum(further, length) - 1)
-        is_before = (further <= length) & (before < wanted)
-        return distance // 2, tf.where(is_before, further, position)
-
-    start = tf.constant(2 ** (length.bit_length() - 1)), tf.zeros_like(wanted)
-    return tf.while_loop(lambda distance, _: distance > 0, go_on, start)[1]
-
-
-def run_if(predicate: tf.Tensor, function: Callable) -> None:
-    """Call `function` if `predicate` is true, like `tf.cond` with one branch.
-
-    For XLA, this is a loop of at most one round. XLA updates values that a loop carries
-    in place, but copies values that a conditional leaves unchanged.
-    """
-    if not in_xla():
-
-        def run() -> None:
-            function()
-
-        tf.cond(predicate, run, lambda: None)
-        return
-
-    def once(pending: tf.Tensor) -> tuple[tf.Tensor]:
-        function()
-        return (tf.zeros_like(pending),)
-
-    tf.while_loop(lambda pending: pending, once, [predicate])
