@@ -14,12 +14,12 @@ from keras import ops
 from keras_lookahead_lazy import _arguments, _keras, _outer
 from keras_lookahead_lazy._backend import MovedTable, engine
 from keras_lookahead_lazy._catch_up import have_moved
+from keras_lookahead_lazy._inner_state import INNER_STATES, filled, initial_values
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._slow_weights import SlowWeightsInModel
 from keras_lookahead_lazy._wrapper import OptimizerWrapper
 
 DEFAULT_ALPHA = _arguments.Default(0.5)
-INNER_STATES = ("maintain", "interpolate", "reset")
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class Lookahead(OptimizerWrapper):
         engine.check_distribution(variables)
         learned = [v for v in variables if not _is_set_by_its_layer(v)]
         innermost = _keras.innermost(self._inner)
-        initial_values: list[float] = []
+        starts: list[float] = []
         if self.inner_state == "reset":  # raises for some optimizers
-            initial_values = _initial_values(innermost, learned)
+            starts = initial_values(innermost, learned)
         if not self._inner.built:
             self._inner.build(variables)
         _arguments.check_inner_state(self.inner_state, self._inner)
@@ -149,12 +149,12 @@ class Lookahead(OptimizerWrapper):
             tables = [v for v in learned if _keras.key(self, v) in self.moved_rows()]
             _outer.check_rows(self.outer_optimizer, tables)
         super().build(variables)
-        self._make_slow_copies(learned, initial_values)
+        self._make_slow_copies(learned, starts)
         if self.outer_optimizer is not None:
             self.outer_optimizer.build([slow for _, slow in self._pairs])
 
     @_keras.no_automatic_dependency_tracking
-    def _make_slow_copies(self, weights: list, initial_values: list[float]) -> None:
+    def _make_slow_copies(self, weights: list, starts: list[float]) -> None:
         # These are zeros until the first update, which copies the weights.
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
@@ -162,7 +162,7 @@ class Lookahead(OptimizerWrapper):
         tables, keyed = self.moved_rows(), [(_keras.key(self, w), w) for w in weights]
         self._places = {key: engine.placement(w) for key, w in keyed if key in tables}
         self._slot_pairs, self._reset_slots = [], []
-        self._initial_values = initial_values
+        self._starts = starts
         if self.inner_state == "interpolate":
             self._slot_pairs = self._with_slow_copies(slots)
         elif self.inner_state == "reset":
@@ -241,8 +241,8 @@ class Lookahead(OptimizerWrapper):
             engine.sync(in_place, Sync(self.alpha))
         if self.outer_optimizer is not None:
             _outer.count(self.outer_optimizer)
-        for slot, value in zip(self._reset_slots, self._initial_values, strict=True):
-            engine.update((slot,), functools.partial(_filled, value))
+        for slot, value in zip(self._reset_slots, self._starts, strict=True):
+            engine.update((slot,), functools.partial(filled, value))
 
     def _pull(self, fast: keras.Variable, slow: keras.Variable) -> tuple[tuple, Any]:
         """What the sync of a weight changes, and the function that gives new values."""
@@ -379,11 +379,6 @@ class Lookahead(OptimizerWrapper):
         return {"k": self.k, **step, "inner_state": self.inner_state}
 
 
-def _filled(value: float, slot: Any) -> tuple:
-    # On torch, `ops.full_like` would read the value from the device.
-    return (ops.zeros_like(slot) + value,)
-
-
 def _squared_distance(fast: keras.Variable, slow: keras.Variable) -> float:
     """Return the sum of squared differences, computed for some rows at a time."""
     size, total = max(1, 2**24 // math.prod(fast.shape[1:])), 0.0
@@ -401,26 +396,3 @@ def _is_set_by_its_layer(variable: Any) -> bool:
     them makes no sense.
     """
     return getattr(variable, "overwrite_with_gradient", False)
-
-
-def _initial_values(
-    optimizer: keras.Optimizer, variables: list[keras.Variable]
-) -> list[float]:
-    """Return the constant that each slot of a new optimizer is filled with.
-
-    The given optimizer may have been trained, so this builds a copy of it for small
-    stand-ins of the weights.
-    """
-    with engine.outside_graph():
-        fresh = _keras.fresh_slots(optimizer, variables)
-        slots = [slot for each in fresh for slot in each.values()]
-        arrays = [ops.convert_to_numpy(slot) for slot in slots]
-    for slot, array in zip(slots, arrays, strict=True):
-        if array.min() != array.max():
-            raise ValueError(
-                "inner_state='reset' sets each slot of the inner optimizer to the "
-                f"constant that it starts from, but {slot.path} of "
-                f"{type(optimizer).__name__} starts from the weights. Use "
-                "inner_state='maintain' or 'interpolate'."
-            )
-    return [float(array.min()) for array in arrays]

@@ -116,7 +116,7 @@ def test_a_step_on_the_whole_table_is_seen(layer, settings, word, jit):
 
 
 def test_a_large_table_warns_once(monkeypatch):
-    monkeypatch.setattr("keras_lookahead_lazy._lazy.LARGE", ROWS - 1)
+    monkeypatch.setattr("keras_lookahead_lazy._lazy_step.LARGE", ROWS - 1)
     lazy = LazyOptimizer(keras.optimizers.Adam(0.01))
     model = make_looked_up(lazy, {"embeddings_regularizer": "l2"}, JIT[0])
     (form,) = lazy.step_forms.values()

@@ -18,7 +18,7 @@ from state_files import AFTER, BEFORE, FOLDER, KINDS, make_stored, train
 
 from keras_lookahead_lazy import LazyOptimizer, __version__
 from keras_lookahead_lazy._keras import chain
-from keras_lookahead_lazy._wrapper import FORMAT
+from keras_lookahead_lazy._saving import FORMAT
 
 # The last version that changed what is stored.
 NEWEST = "0.2.0"
