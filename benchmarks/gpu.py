@@ -90,14 +90,15 @@ def goals(compiled: Compiled, done: list[Compiled]) -> list[Goal]:
     found = [Goal("host stops", most, figures(compiled)["host_stops"])]
     if program.optimizer not in LAZY:
         return found + _compiled.lookahead_goals(compiled, done)
-    found.append(Goal("temporaries / table", 0.02, compiled.share))
-    if program.devices > 1:
-        # What Adam's step sends, and once each look-up's id and gradient.
-        look_up = 4 + 4 * program.width
-        most = _compiled.adam_of(compiled, done).crossing
-        most += program.devices * program.rows * look_up
-        found.append(Goal("between devices", most, compiled.crossing, "bytes"))
-    return found
+    gathered = program.devices * program.rows * (4 + 4 * program.width)
+    if program.devices == 1:
+        return [*found, Goal("temporaries / table", 0.02, compiled.share)]
+    # Every device gets the gradients of all lookups, and keeps rows of the table and of
+    # two slots for them, old and new.
+    found.append(Goal("temporaries / all gradients", 6, compiled.temporary / gathered))
+    # What Adam's step sends, and once each look-up's id and gradient.
+    most = _compiled.adam_of(compiled, done).crossing + gathered
+    return [*found, Goal("between devices", most, compiled.crossing, "bytes")]
 
 
 TARGET = _compiled.Target("gpu", "H100", programs, devices, figures, goals)

@@ -103,7 +103,7 @@ def _as_column(vector: Any, rank: int) -> Any:
 
 
 @dataclass(frozen=True)
-class MovedRows:
+class RowClock:
     """Tells which rows of a table moved recently.
 
     Attributes:
@@ -114,7 +114,7 @@ class MovedRows:
     last_update: keras.Variable
     now: Callable[[], Any]
 
-    def within(self, updates: int) -> Callable[[Any], Any]:
+    def moved_within(self, updates: int) -> Callable[[Any], Any]:
         """Return a function of `last_update`: which rows the last `updates` moved."""
         now = self.now()
         return lambda last_update: age(now, last_update) < updates

@@ -20,7 +20,7 @@ from keras_lookahead_lazy._arguments import (
     explain_unknown_arguments,
 )
 from keras_lookahead_lazy._backend import engine
-from keras_lookahead_lazy._catch_up import MovedRows
+from keras_lookahead_lazy._catch_up import RowClock
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._lazy_step import LazyStep
 from keras_lookahead_lazy._row_step import Table
@@ -97,7 +97,7 @@ class LazyOptimizer(LazyStep):
         sources = _tables.check_sources(embedding_layers)
         check_choice("moments", moments, MOMENTS, _MOMENTS_SAY)
         self._moments = moments
-        self._remember(_sources=sources, _frozen=[])
+        self._set_untracked(_sources=sources, _frozen=[])
 
     @property
     def moments(self) -> str:
@@ -160,7 +160,7 @@ class LazyOptimizer(LazyStep):
         self._check_slots(self._moments, found)
         super().build(variables)
         tables = {_keras.key(self, v): self._make_table(v) for v in found}
-        self._remember(_frozen=frozen, _tables=tables)
+        self._set_untracked(_frozen=frozen, _tables=tables)
         _keras.will_take_over(_keras.innermost(self._inner))
         _look_ups.look_up_by_rows(
             self, [t.variable for t in tables.values() if not t.every_row]
@@ -254,11 +254,11 @@ class LazyOptimizer(LazyStep):
             shares[name] = int(ops.count_nonzero(ages < steps)) / len(ages)
         return shares
 
-    def moved_rows(self) -> dict[Any, MovedRows]:
+    def row_clocks(self) -> dict[Any, RowClock]:
         if self.ema_overwrite_frequency:  # averages replace every row
             return {}
         return {
-            key: MovedRows(table.last_update, functools.partial(self._updates, table))
+            key: RowClock(table.last_update, functools.partial(self._updates, table))
             for key, table in self._tables.items()
         }
 

@@ -35,10 +35,10 @@ class LazyStep(OptimizerWrapper):
         self, optimizer: keras.Optimizer | str | dict, name: str | None
     ) -> None:
         super().__init__(optimizer, name)
-        self._remember(_tables={}, _taken={}, _waiting={})
+        self._set_untracked(_tables={}, _taken={}, _waiting={})
         self._steps_running = 0  # one for each replica within a step
 
-    def _remember(self, **attributes: Any) -> None:
+    def _set_untracked(self, **attributes: Any) -> None:
         """Set attributes that neither Keras nor TensorFlow should track and save."""
         self.__dict__.update(attributes)
 
@@ -51,7 +51,7 @@ class LazyStep(OptimizerWrapper):
             for gradient, weight in zip(grads, weights, strict=True)
             if gradient is not None
         }
-        self._remember(_waiting={}, _expected=len(given & self._tables.keys()))
+        self._set_untracked(_waiting={}, _expected=len(given & self._tables.keys()))
         update = self._accumulate if self._accumulates() else self._apply_inner
         with self.rows_taken(grads, variables) as sums, self._step():
             updated = update(sums, variables)
@@ -123,7 +123,7 @@ class LazyStep(OptimizerWrapper):
             if getattr(table.variable, "regularizer", None) is not None:
                 reason = REGULARIZED
         self._note_form(table, reason)
-        return (engine.sum_duplicates if computes else engine.whole)(gradient)
+        return (engine.sum_duplicates if computes else engine.for_keras)(gradient)
 
     def _may_take_rows(self, table: Table) -> bool:
         if self.gradient_accumulation_steps and not self._accumulates():
@@ -246,7 +246,7 @@ class LazyStep(OptimizerWrapper):
                 table.constraint = table.variable.constraint
                 table.variable.constraint = None
             give_back = _keras.take_over(inner, self._is_lazy, self._update_table)
-            self._remember(_give_back=give_back)
+            self._set_untracked(_give_back=give_back)
         try:
             yield
         finally:
@@ -294,13 +294,13 @@ class LazyStep(OptimizerWrapper):
             if engine.is_recording() or _catch_up.is_after(
                 int(updates), int(caught_up)
             ):
-                self._catch_up(table, updates, caught_up)
+                self._catch_up_table(table, updates, caught_up)
 
-    def _catch_up(self, table: Table, updates: Any, caught_up: Any) -> None:
+    def _catch_up_table(self, table: Table, updates: Any, caught_up: Any) -> None:
         log_rates = table.log_rates if self._moments == "decay" else {}
         slots = {n: slot for n, slot in table.slots.items() if log_rates.get(n)}
 
-        def catch_up(last_update: Any, *values: Any) -> tuple:
+        def current(last_update: Any, *values: Any) -> tuple:
             missed = _catch_up.steps_missed(updates, last_update, caught_up)
             views = {
                 name: _keras.UnstoredVariable(value, slots[name])
@@ -310,10 +310,10 @@ class LazyStep(OptimizerWrapper):
             last_update = _catch_up.kept_old(updates, last_update)
             return last_update, *(view.value for view in views.values())
 
-        engine.update((table.last_update, *slots.values()), catch_up)
+        engine.update((table.last_update, *slots.values()), current)
         engine.write_count(table.caught_up, updates)
 
-    def variables_behind(self) -> list[keras.Variable]:
+    def variables_that_catch_up(self) -> list[keras.Variable]:
         return [
             variable
             for table in self._tables.values()

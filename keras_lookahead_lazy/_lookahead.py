@@ -30,8 +30,8 @@ class Sync:
 
     def __call__(self, fast: Any, slow: Any) -> tuple[Any, Any]:
         """New fast and slow weights."""
-        point = slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
-        return point, point
+        pulled = slow + self.alpha * (fast - slow)  # phi + alpha (theta - phi)
+        return pulled, pulled
 
 
 @keras.saving.register_keras_serializable(package="keras_lookahead_lazy")
@@ -146,7 +146,7 @@ class Lookahead(OptimizerWrapper):
             weights = _keras.weights(innermost)  # more than now, if some are frozen
             _arguments.check_slots_are_known(setting, innermost, weights, instead)
         if self.outer_optimizer is not None:
-            tables = [v for v in learned if _keras.key(self, v) in self.moved_rows()]
+            tables = [v for v in learned if _keras.key(self, v) in self.row_clocks()]
             _outer.check_rows(self.outer_optimizer, tables)
         super().build(variables)
         self._make_slow_copies(learned, starts)
@@ -159,7 +159,7 @@ class Lookahead(OptimizerWrapper):
         innermost = _keras.innermost(self._inner)
         slots = [s for w in weights for s in _keras.slots(innermost, w).values()]
         self._pairs = self._with_slow_copies(weights)
-        tables, keyed = self.moved_rows(), [(_keras.key(self, w), w) for w in weights]
+        tables, keyed = self.row_clocks(), [(_keras.key(self, w), w) for w in weights]
         self._places = {key: engine.placement(w) for key, w in keyed if key in tables}
         self._slot_pairs, self._reset_slots = [], []
         self._starts = starts
@@ -198,7 +198,7 @@ class Lookahead(OptimizerWrapper):
             synced += _keras.own_variables(self.outer_optimizer)
         if self.inner_state == "maintain":
             return synced
-        return synced + self._reset_slots + self.variables_behind()
+        return synced + self._reset_slots + self.variables_that_catch_up()
 
     def _back_up(self, is_first: Any) -> None:
         """phi := theta."""
@@ -214,7 +214,7 @@ class Lookahead(OptimizerWrapper):
         their fast and slow weights are equal. (Nested Lookaheads move rows while the
         others are in mid-cycle, so each of them syncs every row that ever moved.)
         """
-        moved, is_nested = self.moved_rows(), self._is_nested()
+        clocks, is_nested = self.row_clocks(), self._is_nested()
         left_out: list[tuple] = []
         tables: dict[Any, list[MovedTable]] = {}
         in_place = self._slot_pairs.copy()
@@ -223,9 +223,9 @@ class Lookahead(OptimizerWrapper):
             variables, function = self._pull(fast, slow)
             if key not in given:
                 left_out.append((fast, slow))
-            elif key in moved:
-                is_moved = have_moved if is_nested else moved[key].within(self.k)
-                last_update, place = moved[key].last_update, self._places[key]
+            elif key in clocks:
+                is_moved = have_moved if is_nested else clocks[key].moved_within(self.k)
+                last_update, place = clocks[key].last_update, self._places[key]
                 table = MovedTable(variables, last_update, is_moved, function, place)
                 tables.setdefault(place, []).append(table)
             elif isinstance(function, Sync):

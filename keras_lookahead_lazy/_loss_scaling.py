@@ -21,12 +21,12 @@ def apply(
     optimizer: keras.optimizers.LossScaleOptimizer,
     grads: list,
     variables: list | None,
-    written: list,
+    assigned: list,
 ) -> None:
     """Update if all gradients are finite, and compute the next scale.
 
     Args:
-        written: Variables of the wrappers around it that the update writes.
+        assigned: Variables of the wrappers around it that the update writes.
     """
     weights = variables or _keras.weights(optimizer)
     with _rows_taken(optimizer, grads, variables) as sums:
@@ -38,7 +38,11 @@ def apply(
             else ops.divide(gradient, scale)
             for gradient, weight in zip(sums, weights, strict=True)
         ]
-        changed = [*weights, *_keras.all_variables(optimizer.inner_optimizer), *written]
+        changed = [
+            *weights,
+            *_keras.all_variables(optimizer.inner_optimizer),
+            *assigned,
+        ]
         engine.run_if(
             is_finite,
             lambda: optimizer.inner_optimizer.apply(unscaled, variables),

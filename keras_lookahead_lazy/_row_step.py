@@ -90,7 +90,7 @@ class Part:
     updates: Any
 
     @property
-    def stored(self) -> list:
+    def variables(self) -> list:
         """The table and its other variables, all of the same replica."""
         return [engine.replica(v, self.replica) for v in self.table.variables]
 
@@ -128,7 +128,7 @@ def _step_on(
         if rows.is_empty:
             return  # Keras on TensorFlow cannot add tensors without rows
         if decays and table.log_rates:
-            rows.catch_up()
+            rows.apply_missed_decay()
         rows.note_update()
         _keras.step_on_rows(
             optimizer,
@@ -143,15 +143,15 @@ def _step_on(
         rows.write()
 
     if len(parts) > 1:
-        step_on(_SampledRows(parts, [part.stored for part in parts], decays))
+        step_on(_SampledRows(parts, [part.variables for part in parts], decays))
         return
 
-    def step_on_round(gradient: Any, stored: Sequence) -> None:
+    def step_on_round(gradient: Any, variables: Sequence) -> None:
         part = replace(parts[0], gradient=gradient)
-        step_on(_SampledRows([part], [stored], decays))
+        step_on(_SampledRows([part], [variables], decays))
 
     engine.step_in_rounds(
-        parts[0].gradient, parts[0].stored, table.place, step_on_round
+        parts[0].gradient, parts[0].variables, table.place, step_on_round
     )
 
 
@@ -163,9 +163,9 @@ class _SampledRows:
     """
 
     def __init__(
-        self, parts: Sequence[Part], stored: Sequence[Sequence], decays: bool
+        self, parts: Sequence[Part], variables: Sequence[Sequence], decays: bool
     ) -> None:
-        self._parts, self._stored, table = parts, stored, parts[0].table
+        self._parts, self._row_variables, table = parts, variables, parts[0].table
         self._log_rates = table.log_rates
         find = self._find if len(parts) == 1 else self._find_joined
         values, sampled = find()
@@ -175,7 +175,9 @@ class _SampledRows:
             decaying = self._with_whole_tables(sampled)
 
         def view(variable: keras.Variable, place: int, mask: Any) -> RowView:
-            return RowView(_joined(values[place]), variable, mask, late=table.every_row)
+            return RowView(
+                _joined(values[place]), variable, mask, mask_at_end=table.every_row
+            )
 
         self.weight = view(table.variable, 0, sampled)
         self.last_update = view(table.last_update, 1, sampled)
@@ -199,30 +201,34 @@ class _SampledRows:
         """Find the rows of one table.
 
         Returns:
-            The values there of each stored variable, a list for each; and which of
+            The values there of each variable, a list for each; and which of
             the rows were sampled, `None` if all.
         """
-        (part,), (stored,) = self._parts, self._stored
+        (part,), (variables,) = self._parts, self._row_variables
         if isinstance(part.gradient, RowGradient):
             rows = engine.mark_idle(part.gradient.indices, part.gradient.by_row())
-            values = [engine.read_rows(variable, rows.indices) for variable in stored]
+            values = [
+                engine.read_rows(variable, rows.indices) for variable in variables
+            ]
         else:
             every_row = part.table.every_row
-            rows, values = engine.find_rows(part.gradient, stored, every_row)
+            rows, values = engine.find_rows(part.gradient, variables, every_row)
         self._indices, self.gradient = [rows.indices], rows.gradient
         return [[value] for value in values], rows.sampled
 
     def _find_joined(self) -> tuple[list, Any]:
         """Find the rows of several tables, idle rows included."""
         found = [
-            engine.rows_to_join(part.gradient, stored[0])
-            for part, stored in zip(self._parts, self._stored, strict=True)
+            engine.rows_to_join(part.gradient, variables[0])
+            for part, variables in zip(self._parts, self._row_variables, strict=True)
         ]
         self._indices = [indices for indices, _ in found]
         self.gradient = _joined([gradient for _, gradient in found])
         values = [
-            [engine.read_rows(variable, indices) for variable in stored]
-            for stored, indices in zip(self._stored, self._indices, strict=True)
+            [engine.read_rows(variable, indices) for variable in variables]
+            for variables, indices in zip(
+                self._row_variables, self._indices, strict=True
+            )
         ]
         return list(map(list, zip(*values, strict=True))), engine.sampled(self.gradient)
 
@@ -238,7 +244,7 @@ class _SampledRows:
         pairs = zip(numbers, self._last_updates, strict=True)
         return _joined([number + ops.zeros_like(rows) for number, rows in pairs])
 
-    def catch_up(self) -> None:
+    def apply_missed_decay(self) -> None:
         """Apply the decay that rows missed before this update."""
         counters = [
             engine.replica(part.table.caught_up, part.replica) for part in self._parts
@@ -264,13 +270,13 @@ class _SampledRows:
         views = [self.weight, self.last_update, *self.slots.values()]
         values = [view.masked().value for view in views]
         if len(self._parts) == 1:
-            engine.write_rows(self._stored[0], self._indices[0], values)
+            engine.write_rows(self._row_variables[0], self._indices[0], values)
             return
         split = [engine.split(value, self._last_updates) for value in values]
-        for stored, indices, *new in zip(
-            self._stored, self._indices, *split, strict=True
+        for variables, indices, *new in zip(
+            self._row_variables, self._indices, *split, strict=True
         ):
-            engine.write_rows(stored, indices, new)
+            engine.write_rows(variables, indices, new)
 
 
 def _joined(tensors: Sequence[Any]) -> Any:
@@ -288,28 +294,28 @@ class RowView(_keras.UnstoredVariable):
         variable: The Keras variable that they are rows of, for name and dtype.
         sampled: Bool tensor of shape `(n,)`, the rows that may change. The others keep
             their values, bit for bit. `None` if all rows may change.
-        late: Whether to mask only in `masked()` rather than on every assignment.
+        mask_at_end: Whether to mask only in `masked()` rather than on every assignment.
             Masking on every assignment lets XLA update a table in place. But an
             optimizer whose step looks across rows must see unmasked values until the
             step is complete.
     """
 
     def __init__(
-        self, rows: Any, variable: keras.Variable, sampled: Any, late: bool
+        self, rows: Any, variable: keras.Variable, sampled: Any, mask_at_end: bool
     ) -> None:
         super().__init__(rows, variable)
         self._unchanged = None if sampled is None else rows
-        self._sampled, self._late = sampled, late
+        self._sampled, self._mask_at_end = sampled, mask_at_end
 
     def assign(self, value: Any) -> Any:
         super().assign(value)
-        if not self._late:
+        if not self._mask_at_end:
             self._keep_others()
         return self.value
 
     def masked(self) -> RowView:
         """Return this, with the rows that may not change restored."""
-        if self._late:
+        if self._mask_at_end:
             self._keep_others()
         return self
 

@@ -25,7 +25,7 @@ class SavedOptimizer(keras.Optimizer):
 
     _inner: keras.Optimizer
     # Whether the wrapper around this one has warned about the file being loaded.
-    _is_told = False
+    _user_was_warned = False
 
     def wrappers_around(self) -> list[Any]:
         """Return the wrappers around this one, from the inside out."""
@@ -78,15 +78,15 @@ class SavedOptimizer(keras.Optimizer):
             self._compare({name: stored[name].item() for name in numbers})
             return
         was_built = [stored[name].shape for name in names] != [()]
-        if was_built and not self._is_told:
+        if was_built and not self._user_was_warned:
             warnings.warn(
                 f"The file holds no state that the optimizer {self.name!r} can use: "
                 f"{problem} {type(self).__name__} starts from the beginning.",
                 stacklevel=2,
             )
             for optimizer in chain(self)[1:]:  # Keras loads these next
-                optimizer.__dict__["_is_told"] = True
-        self._is_told = False
+                optimizer.__dict__["_user_was_warned"] = True
+        self._user_was_warned = False
         for variable in variables:
             if "int" in variable.dtype:
                 variable.assign(ops.zeros_like(variable.value))

@@ -87,23 +87,23 @@ def find_tables(
     frozen = [weight for weight in weights if not _is_in(weight, variables)]
     if sources is None:
         tables = [v for v in variables if _is_table(v)]
-        asleep = [_keras.path(v) for v in frozen if _is_table(v)]
-        if not tables and not asleep:
+        frozen_tables = [_keras.path(v) for v in frozen if _is_table(v)]
+        if not tables and not frozen_tables:
             raise ValueError(
                 "LazyOptimizer found no embedding table among the trainable "
                 f"variables: {_listing(variables)}. A table is what a "
                 "keras.layers.Embedding makes; for another kind of layer pass its "
                 "variable, or the variable's path, in `embedding_layers`."
             )
-        return tables, [] if tables else asleep
-    tables, asleep = [], []
+        return tables, [] if tables else frozen_tables
+    tables, frozen_tables = [], []
     for source in sources:
         if _is_frozen(source, variables, frozen):
-            asleep.append(_name(source))
+            frozen_tables.append(_name(source))
         else:
             found = _tables_of(source, variables)
             tables += [table for table in found if not _is_in(table, tables)]
-    return tables, asleep
+    return tables, frozen_tables
 
 
 def _is_frozen(source: Source, variables: list, frozen: list) -> bool:

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_lookahead_lazy import _arguments, _keras, _loss_scaling
 from keras_lookahead_lazy._backend import check_backend, engine
-from keras_lookahead_lazy._catch_up import MovedRows
+from keras_lookahead_lazy._catch_up import RowClock
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._saving import SavedOptimizer
 
@@ -46,7 +46,7 @@ class OptimizerWrapper(SavedOptimizer):
         name: str | None,
     ) -> None:
         check_backend()
-        _keras.note_compiled_models(_note)
+        _keras.note_compiled_models(_note_compiled)
         _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
         # With a callable, the base class creates no variable for a learning rate.
@@ -210,16 +210,16 @@ class OptimizerWrapper(SavedOptimizer):
             The number of updates of the weights: 1, or 0 if gradient accumulation only
             stored the gradients or loss scaling skipped them.
         """
-        optimizer, written = self._inner, super().variables
+        optimizer, assigned = self._inner, super().variables
         if not self.gradient_accumulation_steps and not self._scales_the_loss():
-            engine.apply(optimizer, grads, variables, written)
+            engine.apply(optimizer, grads, variables, assigned)
             return 1
         before = self._inner_updates()
         is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if is_scaling and engine.num_replicas() == 1:
-            _loss_scaling.apply(optimizer, grads, variables, written)
+            _loss_scaling.apply(optimizer, grads, variables, assigned)
         else:
-            engine.apply(optimizer, grads, variables, written)
+            engine.apply(optimizer, grads, variables, assigned)
         # On JAX and torch, Keras's counter wraps around at 2**31. Its parity is right.
         return (self._inner_updates() - before) % 2
 
@@ -240,10 +240,10 @@ class OptimizerWrapper(SavedOptimizer):
         around = self._around()
         return [] if around is None else [around, *around.wrappers_around()]
 
-    def moved_rows(self) -> dict[Any, MovedRows]:
+    def row_clocks(self) -> dict[Any, RowClock]:
         """Return which rows of lazy tables moved recently, by the tables' keys."""
         inside = self._wrapper_inside()
-        return {} if inside is None else inside.moved_rows()
+        return {} if inside is None else inside.row_clocks()
 
     def has_taken_rows(self) -> bool:
         """Return whether the running step has gradients that are sums over lookups."""
@@ -259,10 +259,10 @@ class OptimizerWrapper(SavedOptimizer):
         if inside is not None:
             inside.catch_up()
 
-    def variables_behind(self) -> list[keras.Variable]:
+    def variables_that_catch_up(self) -> list[keras.Variable]:
         """Return the variables that `catch_up` may write."""
         inside = self._wrapper_inside()
-        return [] if inside is None else inside.variables_behind()
+        return [] if inside is None else inside.variables_that_catch_up()
 
     def begin_cycle(self) -> None:
         """Make the next update the first of a cycle."""
@@ -359,7 +359,7 @@ def _scale_by_rows(
     _loss_scaling.apply(optimizer, grads, variables, [])
 
 
-def _note(model: keras.Model) -> None:
+def _note_compiled(model: keras.Model) -> None:
     for optimizer in chain(model.optimizer):
         if isinstance(optimizer, OptimizerWrapper):
             optimizer.__dict__["_model"] = weakref.ref(model)

@@ -150,7 +150,7 @@ class Engine(Protocol):
             place: The table's `placement`.
         """
 
-    def whole(self, gradient: Any) -> Any:
+    def for_keras(self, gradient: Any) -> Any:
         """Return a gradient in a form that Keras's optimizers accept."""
 
     def sum_duplicates(self, gradient: Any) -> Any:
@@ -286,12 +286,12 @@ class Engine(Protocol):
         optimizer: keras.Optimizer,
         grads: list,
         variables: list | None,
-        written: list[keras.Variable],
+        assigned: list[keras.Variable],
     ) -> None:
         """Call `optimizer.apply`.
 
         Args:
-            written: Variables of a wrapper that the step writes. On JAX, gradient
+            assigned: Variables of a wrapper that the step assigns. On JAX, gradient
                 accumulation chooses between old and new values, so it has to know
                 them.
         """

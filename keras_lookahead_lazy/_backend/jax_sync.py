@@ -64,7 +64,7 @@ def _updated(table: MovedTable, moved: jax.Array, old: Sequence[jax.Array]) -> t
 def _update_large(tables: Sequence[MovedTable], clocks: tuple, values: tuple) -> tuple:
     moved = [table.is_moved(clock) for table, clock in zip(tables, clocks, strict=True)]
     lengths = [len(part) for part in moved]
-    total, moved_rows = _numbered(_end_to_end(moved))
+    total, moved_rows = _find_by_rank(_end_to_end(moved))
     is_many = total > sum(lengths) // PART_OF_TABLE
 
     def update_all(*values: tuple) -> tuple:
@@ -98,14 +98,14 @@ def _update_those(table: MovedTable, rows: jax.Array, *values: jax.Array) -> tup
 
 
 def _end_to_end(vectors: Sequence[jax.Array]) -> jax.Array:
-    """Join vectors of bools, padded so that `_numbered` can divide them."""
+    """Join vectors of bools, padded so that `_find_by_rank` can divide them."""
     if len(vectors) == 1:
         return vectors[0]
     padding = -sum(map(len, vectors)) % (BLOCKS * WORD)
     return jnp.concatenate([*vectors, jnp.zeros(padding, bool)])
 
 
-def _numbered(chosen: jax.Array) -> tuple[jax.Array, Callable]:
+def _find_by_rank(chosen: jax.Array) -> tuple[jax.Array, Callable]:
     """Return how many entries are `True`, and a function that finds them by number.
 
     This counts in blocks (a power of two of them), so that no device needs the whole

@@ -112,7 +112,7 @@ def step_in_rounds(
     step(gradient, variables)
 
 
-def whole(gradient: Any) -> Any:
+def for_keras(gradient: Any) -> Any:
     return gradient
 
 
@@ -290,7 +290,7 @@ def apply(
     optimizer: keras.Optimizer,
     grads: list,
     variables: list | None,
-    written: list[keras.Variable],
+    assigned: list[keras.Variable],
 ) -> None:
     """Apply. If TensorFlow's optimizers skip an update, they write no variable."""
     optimizer.apply(grads, variables)

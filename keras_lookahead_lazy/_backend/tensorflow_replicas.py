@@ -35,7 +35,7 @@ def replica(variable: Any, like: Any) -> tf.Variable:
     replicas = _strategy(variable).experimental_local_results(variable)
     if len(replicas) == 1:
         return replicas[0]
-    return next(replica for replica in replicas if replica.device == like.device)
+    return next(each for each in replicas if each.device == like.device)
 
 
 def native(variable: Any) -> tf.Variable:

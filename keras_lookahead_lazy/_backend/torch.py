@@ -92,14 +92,14 @@ def step_in_rounds(
     step(gradient, variables)
 
 
-def whole(gradient: torch.Tensor) -> torch.Tensor:
+def for_keras(gradient: torch.Tensor) -> torch.Tensor:
     if isinstance(gradient, RowGradient):
         return gradient.whole()
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 # A dense gradient is a sum already.
-sum_duplicates = whole
+sum_duplicates = for_keras
 
 
 # Rows of a table
@@ -294,7 +294,7 @@ def apply(
     optimizer: keras.Optimizer,
     grads: list,
     variables: list | None,
-    written: list[keras.Variable],
+    assigned: list[keras.Variable],
 ) -> None:
     """Apply. If torch's optimizers skip an update, they write no variable."""
     optimizer.apply(grads, variables)
