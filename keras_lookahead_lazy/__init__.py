@@ -1,6 +1,7 @@
 """Lookahead and lazy optimizers for Keras 3."""
 
 from keras_lookahead_lazy._callbacks import SlowWeights, inject
+from keras_lookahead_lazy._ddp import distributed_data_parallel
 from keras_lookahead_lazy._insight import Insight
 from keras_lookahead_lazy._keras import restore_keras
 from keras_lookahead_lazy._lazy import LazyOptimizer
@@ -13,6 +14,7 @@ __all__ = [
     "Lookahead",
     "SlowWeights",
     "__version__",
+    "distributed_data_parallel",
     "inject",
     "restore_keras",
 ]

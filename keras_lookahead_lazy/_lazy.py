@@ -162,9 +162,7 @@ class LazyOptimizer(LazyStep):
         tables = {_keras.key(self, v): self._make_table(v) for v in found}
         self._set_untracked(_frozen=frozen, _tables=tables)
         _keras.will_take_over(_keras.innermost(self._inner))
-        _look_ups.look_up_by_rows(
-            self, [t.variable for t in tables.values() if not t.every_row]
-        )
+        _look_ups.look_up_by_rows(self, self.tables_by_rows())
 
     def _check_slots(self, moments: str, tables: list[keras.Variable]) -> None:
         """Raise if "freeze" cannot find the slots of the inner optimizer."""
@@ -253,6 +251,10 @@ class LazyOptimizer(LazyStep):
             ages = _catch_up.age(updates, table.last_update.value)
             shares[name] = int(ops.count_nonzero(ages < steps)) / len(ages)
         return shares
+
+    def tables_by_rows(self) -> list[keras.Variable]:
+        """Return the tables that a step can update by rows."""
+        return [t.variable for t in self._tables.values() if not t.every_row]
 
     def row_clocks(self) -> dict[Any, RowClock]:
         if self.ema_overwrite_frequency:  # averages replace every row

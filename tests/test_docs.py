@@ -49,6 +49,7 @@ MODULES = [
     )
     if not module.ispkg
 ]
+MODULES.append(importlib.import_module("keras_lookahead_lazy._keras.models"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -209,9 +209,9 @@ def operations(graph: Any, seen: set[str]) -> Iterator[Any]:
 
 
 def ddp(setting: str) -> list[Crossing]:
-    from examples.distributed._rows_between import replicate
+    from keras_lookahead_lazy import distributed_data_parallel
 
-    return watched(setting, lambda model: replicate(model, model.layers[:1]))
+    return watched(setting, distributed_data_parallel)
 
 
 def ddp_alone(setting: str) -> list[Crossing]:

@@ -8,7 +8,7 @@ import keras
 import torch
 
 from examples.distributed import _task
-from examples.distributed._rows_between import replicate
+from keras_lookahead_lazy import distributed_data_parallel
 
 
 def work(options: _task.Options) -> None:
@@ -16,7 +16,7 @@ def work(options: _task.Options) -> None:
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = _task.model(options)
-    replica = replicate(model, [model.get_layer("words")])
+    replica = distributed_data_parallel(model)
     weights = model.trainable_variables
     losses = []
     for x, y in zip(*_task.samples(options, model, rank, count), strict=True):
