@@ -8,7 +8,6 @@ measured stands there as such.
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -331,11 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     differing = _pages.write(docs, TABLES, check)
     picture = RESULTS / "steps" / "step_time.png"
     if not check:
-        shutil.copyfile(picture, PICTURE)
+        if picture.exists():  # after a new run
+            picture.replace(PICTURE)
         draw_fit_times(FIT_PICTURE)
-    elif PICTURE.read_bytes() != picture.read_bytes():
-        print(f"{PICTURE.name}: not the picture of the results")
-        differing = 1
     return differing
 
 

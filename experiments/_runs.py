@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import keras
 import numpy as np
+from filelock import FileLock
 
 from examples.common.options import add_trainings, positive_int, refuse
 from examples.common.record import environment, write_json
@@ -25,8 +25,6 @@ from examples.common.sources import Data, DataError
 
 RESULTS = Path(__file__).parent / "results"
 FILE = "runs.json"  # in the folder of an experiment's runs
-
-_writing = threading.Lock()  # one thread for each run
 
 Settings = dict[str, Any]  # what tells a run from the experiment's others
 Record = dict[str, Any]  # what is written of a run
@@ -160,10 +158,14 @@ def read(folder: Path) -> list[Record]:
 
 
 def add(folder: Path, record: Record) -> None:
-    """Write one more run into a folder's file, or the same run again."""
-    others = [other for other in read(folder) if other["name"] != record["name"]]
-    runs = sorted([*others, record], key=lambda each: each["name"])
-    write_json(folder / FILE, {"runs": runs})
+    """Write one more run into a folder's file, or the same run again.
+
+    Other threads and processes may do the same at the same time.
+    """
+    with FileLock(folder / ".lock"):
+        others = [other for other in read(folder) if other["name"] != record["name"]]
+        runs = sorted([*others, record], key=lambda each: each["name"])
+        write_json(folder / FILE, {"runs": runs})
 
 
 def copy_of(variable: keras.Variable) -> np.ndarray:
@@ -207,8 +209,7 @@ def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
 def _make_and_add(folder: Path, *run: Any) -> float:
     """Make a run in a new process, write what it measured; return its seconds."""
     record = _in_new_process(_make_run, *run)
-    with _writing:
-        add(folder, record)
+    add(folder, record)
     return record["seconds"]
 
 

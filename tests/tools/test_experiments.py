@@ -2,12 +2,13 @@
 
 import dataclasses
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
 import pytest
 
-for module in ("matplotlib", "rich", "PIL", "sklearn"):
+for module in ("filelock", "matplotlib", "rich", "PIL", "sklearn"):
     pytest.importorskip(module)
 
 from example_data import write_imdb, write_jpegs  # noqa: E402
@@ -91,8 +92,16 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "seed13: failed" in captured.out
     assert "RuntimeError: an unlucky seed" in captured.err
-    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs.json", ".lock"}
     assert [run["name"] for run in _runs.read(tmp_path)] == ["seed4"]
+
+
+def test_no_run_is_lost_if_several_write_at_once(tmp_path):
+    names = [f"seed{i}" for i in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        for name in names:
+            threads.submit(_runs.add, tmp_path, {"name": name})
+    assert [run["name"] for run in _runs.read(tmp_path)] == sorted(names)
 
 
 def test_a_file_that_is_not_of_runs_is_left_alone(tmp_path, capsys):
