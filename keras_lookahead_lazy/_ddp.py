@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_lookahead_lazy._arguments import check_type
+from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
 from keras_lookahead_lazy._lazy import LazyOptimizer
 
@@ -30,7 +31,7 @@ def distributed_data_parallel(model: keras.Model, **settings: Any) -> Any:
     >>> inputs = keras.Input((9,), dtype="int32")
     >>> model = keras.Sequential([inputs, words, keras.layers.Dense(1)])
     >>> model.compile(optimizer=LazyOptimizer("adam"), loss="mse")
-    >>> if keras.backend.backend() == "torch":
+    >>> if keras.config.backend() == "torch":
     ...     import torch.distributed as processes
     ...     store = processes.HashStore()  # one process, for this example
     ...     processes.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -54,12 +55,6 @@ def distributed_data_parallel(model: keras.Model, **settings: Any) -> Any:
             initialized.
     """
     check_type("model", model, keras.Model, "the model to replicate")
-    if (backend := keras.backend.backend()) != "torch":
-        raise ValueError(
-            f"distributed_data_parallel is for torch, and Keras runs on {backend!r}. "
-            "Use tf.distribute.MirroredStrategy on TensorFlow, or keras.distribution "
-            "on JAX."
-        )
     optimizers = chain(getattr(model, "optimizer", None))
     lazy = next((o for o in optimizers if isinstance(o, LazyOptimizer)), None)
     if lazy is None:
@@ -73,15 +68,7 @@ def distributed_data_parallel(model: keras.Model, **settings: Any) -> Any:
             f"The model {model.name!r} is not built, so it has no weights to "
             "replicate. Call model.build(...) first, or call it on a batch."
         )
-    import torch
-
-    from keras_lookahead_lazy._backend import torch_ddp
-
-    if not torch.distributed.is_initialized():
-        raise ValueError(
-            "There is no process group. Call torch.distributed.init_process_group(...) "
-            "in every process first."
-        )
+    engine.check_processes()
     # From here on, the gradient of a table that is only looked up consists of rows.
     model.optimizer.build(model.trainable_variables)
-    return torch_ddp.replicate(model, lazy.tables_by_rows(), settings)
+    return engine.replicate(model, lazy.tables_by_rows(), settings)

@@ -202,7 +202,7 @@ def test_a_file_of_a_newer_format(tmp_path, monkeypatch):
     path = tmp_path / "new.weights.h5"
     model = make_built(NESTINGS["both"]())
     train(model, 7)
-    monkeypatch.setattr("keras_lookahead_lazy._wrapper.FORMAT", 9)
+    monkeypatch.setattr("keras_lookahead_lazy._saving.FORMAT", 9)
     model.save_weights(path)
     monkeypatch.undo()
     with pytest.warns(UserWarning, match="format 9"):

@@ -39,6 +39,10 @@ OTHER_PARTS = (
     "the gradient has parts other than lookups: the table is also used in another way, "
     "or lookups are inside scan, vmap, remat or checkpoint"
 )
+ONLY_ON_TORCH = (
+    "distributed_data_parallel is for torch, and Keras runs on {}. Use "
+    "tf.distribute.MirroredStrategy on TensorFlow, or keras.distribution on JAX."
+)
 FEW_ROWS = "the table has too few rows for so many lookups"
 
 
@@ -273,6 +277,14 @@ class Engine(Protocol):
         """
 
     # The rest
+
+    def check_processes(self) -> None:
+        """Raise `ValueError` if `replicate` cannot be called here."""
+
+    def replicate(
+        self, model: keras.Model, tables: list[keras.Variable], settings: dict[str, Any]
+    ) -> Any:
+        """Return torch's replica of a model, whose tables are exchanged by rows."""
 
     def check_distribution(self, variables: Sequence[Any]) -> None:
         """Raise `ValueError` if replicas do not make each update together.

@@ -17,6 +17,7 @@ from keras import ops
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import (
     FEW_ROWS,
+    ONLY_ON_TORCH,
     OTHER_PARTS,
     RowGradient,
     Rows,
@@ -263,6 +264,14 @@ def _apart(value: jax.Array) -> jax.Array:
 
 
 # The rest
+
+
+def check_processes() -> None:
+    raise ValueError(ONLY_ON_TORCH.format("JAX"))
+
+
+def replicate(*_: Any) -> None:
+    check_processes()
 
 
 def check_distribution(variables: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import (
     FEW_ROWS,
+    ONLY_ON_TORCH,
     OTHER_PARTS,
     RowGradient,
     Rows,
@@ -270,6 +271,14 @@ def sync(pairs: Sequence[tuple], sync: Any) -> None:
 
 
 # The rest
+
+
+def check_processes() -> None:
+    raise ValueError(ONLY_ON_TORCH.format("TensorFlow"))
+
+
+def replicate(*_: Any) -> None:
+    check_processes()
 
 
 def check_distribution(variables: Sequence[Any]) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from keras_lookahead_lazy import _backend, _keras
 from keras_lookahead_lazy._backend import Rows
+from keras_lookahead_lazy._backend.torch_ddp import check_processes as check_processes
+from keras_lookahead_lazy._backend.torch_ddp import replicate as replicate
 from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True

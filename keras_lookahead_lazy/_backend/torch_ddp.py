@@ -14,6 +14,14 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 
+def check_processes() -> None:
+    if not distributed.is_initialized():
+        raise ValueError(
+            "There is no process group. Call torch.distributed.init_process_group(...) "
+            "in every process first."
+        )
+
+
 def replicate(
     model: keras.Model, tables: list[keras.Variable], settings: dict[str, Any]
 ) -> DistributedDataParallel:
