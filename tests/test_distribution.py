@@ -51,6 +51,7 @@ ENGINES = {
     ],
     "torch": [["ddp", "--replicas=2"], ["ddp", "--replicas=3"]],
 }[BACKEND]
+LONGEST = {"--replicas=4", "--loop"}
 SLOW = {"--loop", "--replicas=4", "--processes=2"}  # with an outer optimizer, too
 if BACKEND == "jax" and keras.__version__ < "3.11":
     # Whose `fit` refuses arrays where there is more than one process.
@@ -108,11 +109,18 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("alone")
 
 
+CASES = [
+    *zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False),
+    *((engine, "outer") for engine in ENGINES[:-1] if not SLOW & {*engine}),
+]
+
+
 @pytest.mark.parametrize(
     ("engine", "setting"),
     [
-        *zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False),
-        *((engine, "outer") for engine in ENGINES[:-1] if not SLOW & {*engine}),
+        # Four replicas in a loop wait for each other on two cores.
+        pytest.param(*case, marks=[pytest.mark.long] if LONGEST <= {*case[0]} else [])
+        for case in CASES
     ],
     ids=lambda value: "".join(value),
 )

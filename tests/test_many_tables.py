@@ -60,7 +60,12 @@ def joined(monkeypatch):
 @pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize(
     ("name", "moments"),
-    [("Adam", "decay"), ("AdamW", "freeze"), ("SGD", "decay"), ("Adagrad", "freeze")],
+    [
+        ("Adam", "decay"),
+        ("AdamW", "freeze"),
+        pytest.param("SGD", "decay", marks=pytest.mark.long),
+        pytest.param("Adagrad", "freeze", marks=pytest.mark.long),
+    ],
 )
 def test_joined_tables_train_as_single_ones(name, moments, jit, joined, monkeypatch):
     def make():
