@@ -25,6 +25,7 @@ from rich.table import Table
 
 from examples.common.options import add_output, positive_float
 from examples.common.record import machine, write_json
+from examples.recommender.criteo import SIZES
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("jax", "torch")
@@ -37,7 +38,7 @@ OPTIMIZERS = (
 )
 PEER = "torch SparseAdam"
 # Seconds that are kept for each process that comes after the times of steps.
-KEPT = 25
+KEPT = 30
 ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     # Nothing else runs there, and a table may need three quarters of the memory.
@@ -56,6 +57,8 @@ class Sizes:
         policies: the layers' dtype policies.
         optimizers: what trains, the most important first.
         correct: look-ups a step of the comparison with NumPy.
+        tables: rows of DLRM's tables.
+        clicks: its batch size.
     """
 
     vocabularies: tuple[int, ...] = (10**6, 10**7, 5 * 10**7)
@@ -64,9 +67,13 @@ class Sizes:
     policies: tuple[str, ...] = ("mixed_bfloat16", "float32")
     optimizers: tuple[str, ...] = OPTIMIZERS
     correct: int = 256
+    tables: tuple[int, ...] = SIZES
+    clicks: int = 2048
 
 
-SMOKE = Sizes((1000,), 4, 64, ("float32",), OPTIMIZERS[:2], correct=32)
+SMOKE = Sizes(
+    (1000,), 4, 64, ("float32",), OPTIMIZERS[:2], 32, tables=(50, 3, 20), clicks=8
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,10 @@ def tasks(sizes: Sizes) -> Iterator[Task]:
         arguments = {"optimizer": optimizer, "tables": tables, **table}
         for backend in BACKENDS if optimizer != PEER else ("torch",):
             yield Task("fit", backend, arguments, 60)
+    for backend in BACKENDS:
+        names = [*sizes.optimizers[:3], *[PEER] * (backend == "torch")]
+        model = {"tables": sizes.tables, "clicks": sizes.clicks}
+        yield Task("recommender", backend, {"optimizers": names, **model}, 45)
     arguments = {**optimizers, "vocabulary": sizes.vocabularies[0], **table}
     for part in ("stops", "same_bits"):
         for backend in BACKENDS:

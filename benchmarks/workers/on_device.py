@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,8 +138,26 @@ def fit(
         free_memory()
 
 
+def recommender(
+    optimizers: list[str], tables: list[int], clicks: int
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step of DLRM."""
+    first, *others = tables
+    problem = Problem(first, 16, clicks, tables=tuple(others))
+    for name in optimizers:
+        try:
+            yield {"optimizer": name, **measured(name, problem)}
+        except Exception as error:
+            yield {"optimizer": name, "reason": reason(error)}
+        keras.utils.clear_session()
+        free_memory()
+
+
 def measured(optimizer: str, problem: Problem) -> dict[str, Any]:
-    """Times of a step, and in which form it works on the table."""
+    """Times of a step, and in which form it works on the tables.
+
+    The first seconds are those of six steps and of all that they wait for.
+    """
     case: _serve.Case
     forms: list[str] = []
     if optimizer == PEER:
@@ -149,12 +168,20 @@ def measured(optimizer: str, problem: Problem) -> dict[str, Any]:
         model = _optimizers.build_model(optimizer, MODE, problem)
         model.optimizer.build(model.trainable_variables)
         case = _fit.Fit(keras, model, problem)
+    started = time.monotonic()
+    case.run(1)
+    first = time.monotonic() - started
     times = [1000 * statistics.mean(case.run(STEPS)) for _ in range(ROUNDS)]
     if optimizer != PEER:
         lazy = getattr(model.optimizer, "inner_optimizer", None)
         for each in (model.optimizer, lazy):
             forms += getattr(each, "step_forms", {}).values()
-    return {"ms": statistics.median(times), "rounds_ms": times, "step_forms": forms}
+    return {
+        "ms": statistics.median(times),
+        "rounds_ms": times,
+        "first_s": first,
+        "step_forms": sorted({*forms}),
+    }
 
 
 def stops(
@@ -293,6 +320,7 @@ def reason(error: Exception) -> str:
 PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "correct": correct,
     "fit": fit,
+    "recommender": recommender,
     "stops": stops,
     "same_bits": same_bits,
 }
