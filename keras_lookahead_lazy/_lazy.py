@@ -188,7 +188,7 @@ class LazyOptimizer(LazyStep):
         last_update = self.add_variable(
             shape=variable.shape[:1],
             dtype=engine.INTEGERS,
-            layout=engine.row_layout(variable),
+            layout=engine.layout_like(variable, axes=1),
             name=f"{name}_last_update",
         )
         return Table(
@@ -199,8 +199,8 @@ class LazyOptimizer(LazyStep):
             place=engine.placement(variable),
             log_rates=log_rates or {},
             last_update=last_update,
-            caught_up=self._add_number(f"{name}_caught_up"),
-            left_out=self._add_number(f"{name}_left_out"),
+            caught_up=self._add_number(variable, f"{name}_caught_up"),
+            left_out=self._add_number(variable, f"{name}_left_out"),
             reason=reason,
             accumulator=self._make_accumulator(variable, name) if not reason else None,
         )
@@ -227,13 +227,19 @@ class LazyOptimizer(LazyStep):
         return RowAccumulator(
             _keras.accumulator(_keras.innermost(self._inner), variable),
             ids=self.add_variable(
-                shape=(length,), dtype=engine.INTEGERS, name=f"{name}_accumulated"
+                shape=(length,),
+                dtype=engine.INTEGERS,
+                layout=engine.layout_like(variable, axes=0),
+                name=f"{name}_accumulated",
             ),
-            count=self._add_number(f"{name}_accumulated_count"),
+            count=self._add_number(variable, f"{name}_accumulated_count"),
         )
 
-    def _add_number(self, name: str) -> keras.Variable:
-        return self.add_variable(shape=(), dtype=engine.INTEGERS, name=name)
+    def _add_number(self, table: keras.Variable, name: str) -> keras.Variable:
+        layout = engine.layout_like(table, axes=0)
+        return self.add_variable(
+            shape=(), dtype=engine.INTEGERS, layout=layout, name=name
+        )
 
     # Which rows moved
 

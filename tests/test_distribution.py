@@ -119,7 +119,7 @@ CASES = [
     ("engine", "setting"),
     [
         # Four replicas in a loop wait for each other on two cores.
-        pytest.param(*case, marks=[pytest.mark.long] if LONGEST <= {*case[0]} else [])
+        pytest.param(*case, marks=[pytest.mark.long] if {*case[0]} >= LONGEST else [])
         for case in CASES
     ],
     ids=lambda value: "".join(value),
@@ -245,7 +245,7 @@ def no_table_is_gathered(shard, momentum=None):
     mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
     layouts = keras.distribution.LayoutMap(mesh)
     axes = ("model", None) if shard == "rows" else (None, "model")
-    layouts[".*embeddings"] = axes
+    layouts[".*embeddings.*"] = axes  # what the optimizer counts is no table
     keras.distribution.set_distribution(
         keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )

@@ -218,8 +218,12 @@ class Engine(Protocol):
     def clear_rows(self, variable: keras.Variable, rows: RowGradient) -> None:
         """Set the rows that were read as `rows` to zero."""
 
-    def row_layout(self, variable: keras.Variable) -> Any:
-        """Return the layout for a vector with one entry per table row, or `None`."""
+    def layout_like(self, variable: keras.Variable, axes: int) -> Any:
+        """Return a layout for what has the first axes of a variable, or `None`.
+
+        Without a layout, a name that contains the variable's could match the user's
+        `LayoutMap`.
+        """
 
     # Counting and branching in a step, which may be compiled
 

@@ -24,8 +24,8 @@ from keras_lookahead_lazy._backend import (
     jax_gradient,
     jax_rows,
 )
+from keras_lookahead_lazy._backend.jax_placement import layout_like as layout_like
 from keras_lookahead_lazy._backend.jax_placement import placement as placement
-from keras_lookahead_lazy._backend.jax_placement import row_layout as row_layout
 from keras_lookahead_lazy._backend.jax_rows import step_in_rounds as step_in_rounds
 from keras_lookahead_lazy._backend.jax_sync import once_if
 from keras_lookahead_lazy._backend.jax_sync import update_rows as update_rows

@@ -49,11 +49,11 @@ def placement(variable: keras.Variable) -> Placement:
     return Placement(sharding, None if sharding.is_fully_replicated else id(variable))
 
 
-def row_layout(variable: keras.Variable) -> NamedSharding | None:
+def layout_like(variable: keras.Variable, axes: int) -> NamedSharding | None:
     sharding = variable.value.sharding
     if not isinstance(sharding, NamedSharding):
         return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axes]))
 
 
 def on_owners(

@@ -211,7 +211,7 @@ def placement(variable: keras.Variable) -> Any:
     return native(variable).device
 
 
-def row_layout(variable: keras.Variable) -> None:
+def layout_like(variable: keras.Variable, axes: int) -> None:
     """Keras lays variables out on JAX alone."""
 
 

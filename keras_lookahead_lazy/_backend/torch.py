@@ -204,7 +204,7 @@ def placement(variable: keras.Variable) -> Any:
     return variable.value.device
 
 
-def row_layout(variable: keras.Variable) -> None:
+def layout_like(variable: keras.Variable, axes: int) -> None:
     """Return `None`: Keras uses layouts only on JAX."""
 
 
