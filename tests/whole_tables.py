@@ -8,6 +8,7 @@ table's shape that are no write in place: a cast, a copy, a sum, zeros.
 import re
 
 from harness import BACKEND, tensor
+from traffic import note_layouts
 
 # What only hands an array on, or writes some of its rows.
 HLO_IN_PLACE = [
@@ -51,6 +52,7 @@ def _jax(model, x, y, rows, jit, in_loops):
     def step(state, data):  # its own, so that JAX traces it anew
         return model.train_step(state, data)
 
+    note_layouts(model)
     lowered = jax.jit(step, donate_argnums=0).lower(state, (x, y))
     return hlo_results(lowered.compile().as_text(), rows, in_loops)
 

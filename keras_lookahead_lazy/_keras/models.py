@@ -15,6 +15,8 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.trainers.trainer import Trainer
 
+from keras_lookahead_lazy._keras.optimizers import note_weights
+
 
 def stored_value(variable: keras.Variable) -> Any:
     """Return a variable's own value. With mixed precision, a layer sees a cast copy."""
@@ -146,16 +148,18 @@ def replace_loss_scaling(
             if not self.built:
                 with keras.name_scope(self.name):
                     self.build(trainable_variables)
+            note_weights(self)
             apply_by_rows(self, grads, trainable_variables)
 
         return apply_scaled
 
     def stateless_by_rows(stateless_apply: Any) -> Any:
         def stateless_apply_scaled(self: Any, *values: list, **named: list) -> tuple:
+            if not is_by_rows(self):
+                return stateless_apply(self, *values, **named)
+            note_weights(self)
             # The base class's calls `apply`.
-            base = keras.Optimizer.stateless_apply
-            method = base if is_by_rows(self) else stateless_apply
-            return method(self, *values, **named)
+            return keras.Optimizer.stateless_apply(self, *values, **named)
 
         return stateless_apply_scaled
 
