@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -21,22 +22,32 @@ from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import engine
 from keras_lookahead_lazy._keras import chain
 
-# The table and the optimizer that trains it by rows, by the id of the table's variable.
-# (A Keras variable cannot be a key, because it compares by value.)
-_optimizers: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+
+@dataclass(frozen=True)
+class _TrainedTable:
+    """A table, the optimizer that trains it by rows, and where it is stored."""
+
+    variable: weakref.ref
+    optimizer: weakref.ref
+    place: Any
+
+
+# By the id of the table's variable. (A variable cannot be a key: it compares by value.)
+_trained: dict[int, _TrainedTable] = {}
 
 
 def look_up_by_rows(optimizer: keras.Optimizer, tables: list[keras.Variable]) -> None:
     """Look up `tables` by rows from now on, for as long as `optimizer` lives."""
     for table in tables:
-        forget = functools.partial(_forget, id(table))
-        _optimizers[id(table)] = weakref.ref(table, forget), weakref.ref(optimizer)
+        variable = weakref.ref(table, functools.partial(_forget, id(table)))
+        place = engine.placement(table)
+        _trained[id(table)] = _TrainedTable(variable, weakref.ref(optimizer), place)
     if tables:
         _keras.replace_method(keras.layers.Embedding, "call", _call_by_rows)
 
 
 def _forget(key: int, _: weakref.ref) -> None:
-    _optimizers.pop(key, None)
+    _trained.pop(key, None)
 
 
 def _call_by_rows(call: Any) -> Any:
@@ -44,23 +55,21 @@ def _call_by_rows(call: Any) -> Any:
         # A subclass may override this property to return something else.
         is_own = type(self).embeddings is not keras.layers.Embedding.embeddings
         table = None if is_own else _keras.looked_up_table(self)
-        if not _is_by_rows(table):
+        trained = _trained.get(id(table))
+        if trained is None or not _is_by_rows(table, trained):
             return call(self, inputs)
         ids = inputs
         if keras.backend.standardize_dtype(ids.dtype) not in ("int32", "int64"):
             ids = ops.cast(ids, "int32")
-        rows = _keras.with_lora(self, ids, engine.look_up(table, ids))
-        return ops.cast(rows, dtype=self.compute_dtype)
+        rows = engine.look_up(table, ids, self.compute_dtype, trained.place)
+        return _keras.with_lora(self, ids, rows)
 
     return call_by_rows
 
 
-def _is_by_rows(table: Any) -> bool:
-    variable, optimizer = _optimizers.get(id(table), (None, None))
-    if variable is None or optimizer is None or variable() is not table:
-        return False
-    optimizer = optimizer()
-    if optimizer is None:
+def _is_by_rows(table: Any, trained: _TrainedTable) -> bool:
+    optimizer = trained.optimizer()
+    if optimizer is None or trained.variable() is not table:
         return False
     of_model = getattr(_keras.called_model(), "optimizer", None)
     return of_model is None or any(each is optimizer for each in chain(of_model))

@@ -3,6 +3,7 @@
 The programs are those of `examples/distributed`, run as a user runs them.
 """
 
+import functools
 import io
 import itertools
 import re
@@ -47,6 +48,7 @@ ENGINES = {
         ["data_parallel", "--replicas=8"],
         ["data_parallel", "--replicas=8", "--processes=2"],
         ["model_parallel", "--replicas=8", "--shard=rows"],
+        ["model_parallel", "--replicas=8", "--shard=rows-as-batch"],
         ["model_parallel", "--replicas=8", "--shard=columns"],
     ],
     "torch": [["ddp", "--replicas=2"], ["ddp", "--replicas=3"]],
@@ -280,6 +282,53 @@ def no_table_is_gathered(shard, momentum=None):
             array.sharding.mesh, jax.sharding.PartitionSpec(*shapes[array.shape])
         )
         assert array.sharding.is_equivalent_to(sharding, array.ndim), array.sharding
+
+
+def owners_read_as_take():
+    """Also ids that are negative, and ids that no row has."""
+    import os
+
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from keras_lookahead_lazy._backend import jax_placement
+
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(64, 3)).astype("float32")
+    several = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+    one = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    for at_once, mesh, axes, batch, dtype in itertools.product(
+        (2**17, 7),
+        (several, one),
+        ("model", "batch", ("batch", "model")),
+        (16, 6, None, 0),
+        ("float32", "bfloat16"),
+    ):
+        if not {*np.atleast_1d(axes)} <= {*mesh.axis_names}:
+            continue
+        # 6 is not a multiple of 8.
+        shape = {None: (16,), 0: ()}.get(batch, (batch, 5))
+        ids = rng.integers(-70, 70, shape).astype("int32")
+        sharding = NamedSharding(mesh, PartitionSpec(axes))
+        place = jax_placement.Placement(sharding, 0, "batch")
+        jax_placement.LOOK_UPS_AT_ONCE = at_once
+        read = jax.jit(
+            functools.partial(jax_placement.read_from_owners, place=place),
+            static_argnames="dtype",
+        )
+        rows = read(jax.device_put(table, sharding), ids, dtype=dtype)
+        assert rows.dtype == dtype
+        expected = jnp.take(table, ids, axis=0).astype(dtype)
+        np.testing.assert_array_equal(
+            *(np.array(x, "float32") for x in (rows, expected))
+        )
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
+def test_owners_read_as_take():
+    run_python(__file__, "owners_read_as_take", one_backend=True)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")

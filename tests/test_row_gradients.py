@@ -241,10 +241,8 @@ def test_settings(settings, make_model, how):
     ],
 )
 def test_more_look_ups_than_a_round_has(monkeypatch, make_model, kind, moments, k):
-    from keras_lookahead_lazy._backend import jax as engine
     from keras_lookahead_lazy._backend import jax_rows
 
-    monkeypatch.setattr(engine, "LOOK_UPS_PER_READ", 6)
     monkeypatch.setattr(jax_rows, "LOOK_UPS_PER_ROUND", 2)
     monkeypatch.setattr(jax_rows, "ON_ONE_DEVICE", 3)
     train(make_model, {"jit_compile": True}, None, moments, k, kind)

@@ -10,7 +10,12 @@ from examples.distributed import _task
 def main() -> None:
     """Train, and say where the table and what belongs to it lies."""
     parser = _task.parser(__doc__, replicas=8)
-    parser.add_argument("--shard", choices=("rows", "columns"), default="rows")
+    parser.add_argument(
+        "--shard",
+        choices=("rows", "columns", "rows-as-batch"),
+        default="rows",
+        help="how the table is divided; rows-as-batch: along the axis of the batch",
+    )
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={options.replicas}"
@@ -22,9 +27,14 @@ def main() -> None:
     mesh = keras.distribution.DeviceMesh(
         (batch, options.replicas // batch), ("batch", "model")
     )
+    if options.shard == "rows-as-batch":
+        mesh = keras.distribution.DeviceMesh((options.replicas,), ("batch",))
     layouts = keras.distribution.LayoutMap(mesh)
-    axes = ("model", None) if options.shard == "rows" else (None, "model")
-    layouts["(.*/)?words/embeddings"] = axes
+    layouts["(.*/)?words/embeddings"] = {
+        "rows": ("model", None),
+        "columns": (None, "model"),
+        "rows-as-batch": ("batch", None),
+    }[options.shard]
     keras.distribution.set_distribution(
         keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )

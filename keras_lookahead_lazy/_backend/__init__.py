@@ -99,8 +99,8 @@ class Engine(Protocol):
 
     # Lookups and their gradients
 
-    def look_up(self, table: keras.Variable, ids: Any) -> Any:
-        """Read rows of a table so that its gradient is known by rows.
+    def look_up(self, table: keras.Variable, ids: Any, dtype: str, place: Any) -> Any:
+        """Read rows of a table, in `dtype`, so that its gradient is known by rows.
 
         Where a sparse tensor has no id, Keras looks up row 0, and so does this.
         """

@@ -20,6 +20,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
+from keras_lookahead_lazy._backend.jax_placement import (
+    Placement,
+    everywhere,
+    read_from_owners,
+)
+
 
 class _Gateway:
     """The private copy of one table in one trace, and what its lookups recorded.
@@ -33,8 +39,9 @@ class _Gateway:
         self.noted = _Noted()
         self.private = _gateway.bind(table, noted=self.noted)
 
-    def look_up(self, ids: jax.Array) -> jax.Array:
-        return _look_up.bind(self.private, ids, noted=self.noted)
+    def look_up(self, ids: jax.Array, dtype: str, place: Placement) -> jax.Array:
+        how = {"dtype": dtype, "place": place, "noted": self.noted}
+        return _look_up.bind(self.private, ids, **how)
 
 
 class _Noted(list):
@@ -46,8 +53,12 @@ class _Noted(list):
         return self is other
 
 
-def _take(table: jax.Array, ids: jax.Array, **_: Any) -> jax.Array:
-    return jnp.take(table, ids, axis=0)
+def _take(
+    table: jax.Array, ids: jax.Array, *, dtype: str, place: Placement, **_: Any
+) -> jax.Array:
+    if place.row_axes is not None and isinstance(table, jax.core.Tracer):
+        return read_from_owners(table, ids, dtype, place)
+    return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 # Both primitives are linear in the table. What JAX does with them follows from what
@@ -56,36 +67,44 @@ def _take(table: jax.Array, ids: jax.Array, **_: Any) -> jax.Array:
 _look_up = Primitive("look_up_rows")
 _look_up.def_impl(_take)
 _look_up.def_abstract_eval(
-    lambda table, ids, **_: jax.core.ShapedArray(
-        ids.shape + table.shape[1:], table.dtype
+    lambda table, ids, dtype, **_: jax.core.ShapedArray(
+        ids.shape + table.shape[1:], jnp.dtype(dtype)
     )
 )
 mlir.register_lowering(_look_up, mlir.lower_fun(_take, multiple_results=False))
 
 
-def _look_up_jvp(primals: tuple, tangents: tuple, noted: _Noted) -> tuple:
+def _look_up_jvp(primals: tuple, tangents: tuple, **how: Any) -> tuple:
     (table, ids), (tangent, _) = primals, tangents
-    rows = _look_up.bind(table, ids, noted=noted)
+    rows = _look_up.bind(table, ids, **how)
     if isinstance(tangent, ad.Zero):
         return rows, ad.Zero.from_primal_value(rows)  # type: ignore[attr-defined]
-    return rows, _look_up.bind(tangent, ids, noted=noted)
+    return rows, _look_up.bind(tangent, ids, **how)
 
 
 def _look_up_transpose(
-    gradient: Any, table: Any, ids: jax.Array, noted: _Noted
+    gradient: Any,
+    table: Any,
+    ids: jax.Array,
+    *,
+    noted: _Noted,
+    place: Placement,
+    **_: Any,
 ) -> tuple:
     if isinstance(gradient, ad.Zero):
         return ad.Zero(table.aval), None
+    gradient = everywhere(gradient, place)
     noted.append((ids, gradient))
-    return jnp.zeros(table.aval.shape, gradient.dtype).at[ids].add(gradient), None
+    zeros = jnp.zeros(table.aval.shape, table.aval.dtype)
+    return zeros.at[ids].add(gradient.astype(zeros.dtype)), None
 
 
-def _look_up_batch(values: tuple, axes: tuple, noted: _Noted) -> tuple:
+def _look_up_batch(values: tuple, axes: tuple, **how: Any) -> tuple:
     (table, ids), (table_axis, ids_axis) = values, axes
     if table_axis is None:
         ids = jnp.moveaxis(ids, ids_axis, 0)
-        return _look_up.bind(table, ids, noted=noted), 0
-    return jax.vmap(_take, in_axes=axes)(table, ids), 0
+        return _look_up.bind(table, ids, **how), 0
+    return jax.vmap(functools.partial(_take, **how), in_axes=axes)(table, ids), 0
 
 
 ad.primitive_jvps[_look_up] = _look_up_jvp
@@ -134,18 +153,19 @@ def _forget(entries: dict, key: int, _: weakref.ref) -> None:
     entries.pop(key, None)
 
 
-def look_up(table: jax.Array, ids: Any) -> jax.Array:
+def look_up(table: jax.Array, ids: Any, dtype: str, place: Placement) -> jax.Array:
     """Read rows of a table, and record them in the backward pass."""
     if not isinstance(table, jax.core.Tracer) or _in_shard_map():
-        return _take(table, ids)
+        return jnp.take(table, ids, axis=0).astype(dtype)
     gateway = _gateways.get(id(table))
     if gateway is None or gateway.table() is not table:
         gateway = _Gateway(table)
         if _trace(gateway.private) is not _trace(table):
-            return _take(table, ids)  # in a scan, for example, whose values stay inside
+            # In a scan, for example, whose values stay inside.
+            return _take(table, ids, dtype=dtype, place=place)
         _gateways[id(table)] = gateway
         weakref.finalize(table, _gateways.pop, id(table), None)
-    return gateway.look_up(jnp.asarray(ids))
+    return gateway.look_up(jnp.asarray(ids), dtype, place)
 
 
 def look_ups(gradient: Any) -> list[tuple[jax.Array, jax.Array]]:

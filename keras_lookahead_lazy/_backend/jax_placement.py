@@ -7,6 +7,7 @@ every device needs to find those of its rows.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_lookahead_lazy._backend import RowGradient
+
+# Each device holds the rows that all devices look up, of so many lookups at a time.
+LOOK_UPS_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,12 @@ class Placement:
         sharding: The sharding of its array.
         owner: Differs between tables that are divided between devices, whose rows
             cannot be joined. `None` if the table is not divided.
+        batch_axis: The mesh axis that divides batches, if there is one.
     """
 
     sharding: Any
     owner: int | None
+    batch_axis: str | None
 
     @property
     def is_shared(self) -> bool:
@@ -46,7 +53,9 @@ class Placement:
 
 def placement(variable: keras.Variable) -> Placement:
     sharding = variable.value.sharding
-    return Placement(sharding, None if sharding.is_fully_replicated else id(variable))
+    owner = None if sharding.is_fully_replicated else id(variable)
+    distribution = keras.distribution.distribution()
+    return Placement(sharding, owner, getattr(distribution, "batch_dim_name", None))
 
 
 def layout_like(variable: keras.Variable, axes: int) -> NamedSharding | None:
@@ -84,6 +93,66 @@ def on_owners(
         # Devices with the same rows compute the same, which JAX cannot prove.
         check_vma=False,
     )(*divided, *others)
+
+
+def read_from_owners(
+    table: jax.Array, ids: jax.Array, dtype: str, place: Placement
+) -> jax.Array:
+    """Read rows of a table whose rows are divided, and send them in `dtype`.
+
+    JAX itself would send them in the dtype of the table. A device gets the rows of its
+    own part of the batch, if batches are divided.
+    """
+    axes, mesh, batch_axis = place.row_axes, place.sharding.mesh, place.batch_axis
+    ids_spec = rows_spec = PartitionSpec()
+    if ids.ndim and ids.shape[0] % mesh.shape.get(batch_axis, 1) == 0:
+        if batch_axis not in np.atleast_1d(axes):
+            ids_spec = rows_spec = PartitionSpec(batch_axis)
+        elif batch_axis == axes:  # every device reads for all parts of the batch
+            rows_spec = PartitionSpec(batch_axis)
+    scatters = ids_spec != rows_spec
+
+    def read(part: jax.Array, ids: jax.Array) -> jax.Array:
+        own = ids - jax.lax.axis_index(axes) * len(part)
+        is_own = ((own >= 0) & (own < len(part)))[..., None]
+        rows = jnp.where(is_own, part.at[own].get(mode="clip").astype(dtype), 0)
+        if scatters:
+            return jax.lax.psum_scatter(rows, axes, tiled=True)
+        return jax.lax.psum(rows, axes)
+
+    def read_in_turn(part: jax.Array, ids: jax.Array) -> jax.Array:
+        of_parts = ids.reshape(mesh.shape[axes] if scatters else 1, -1)
+        turns = math.ceil(max(1, ids.size) / LOOK_UPS_AT_ONCE)
+        rows = [read(part, some) for some in jnp.array_split(of_parts, turns, axis=1)]
+        shape = (-1, *ids.shape[1:]) if ids.ndim else ()
+        return jnp.concatenate(rows, axis=1).reshape(*shape, *part.shape[1:])
+
+    ids = jnp.where(ids < 0, ids + len(table), ids)
+    rows = jax.shard_map(
+        read_in_turn,
+        mesh=mesh.abstract_mesh,
+        in_specs=(PartitionSpec(axes), ids_spec),
+        out_specs=rows_spec,
+        check_vma=False,
+    )(table, ids)
+    is_row = ((ids >= 0) & (ids < len(table)))[..., None]
+    return jnp.where(is_row, rows, jnp.nan)  # as in `jnp.take`
+
+
+def everywhere(gradients: jax.Array, place: Placement) -> jax.Array:
+    """Send the gradients of lookups to all owners of rows, unless they are many.
+
+    Otherwise JAX converts them first and sends them in the dtype of the table.
+    """
+    if place.row_axes is None or math.prod(gradients.shape[:-1]) > LOOK_UPS_AT_ONCE:
+        return gradients
+    return jax.shard_map(
+        lambda gradients: gradients,
+        mesh=place.sharding.mesh.abstract_mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(gradients)
 
 
 def own_rows(gradient: RowGradient, place: Placement, rows: int) -> RowGradient:

@@ -23,11 +23,13 @@ LOOK_UPS_PER_ROUND = 2**15
 ON_ONE_DEVICE = 2**20
 
 
-def sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
+def sum_duplicates(
+    ids: jax.Array, values: jax.Array, rows: int, dtype: Any
+) -> RowGradient:
     """Sum the gradients of repeated ids.
 
     The ids are distinct and in ascending order, padded to a fixed length with an id
-    past the end of the table.
+    past the end of the table. The sums have `dtype`.
     """
     count = len(ids)
     ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
@@ -42,10 +44,10 @@ def sum_duplicates(ids: jax.Array, values: jax.Array, rows: int) -> RowGradient:
 
     def add(number: Any, sums: jax.Array) -> jax.Array:
         sources, targets = (part[number] for part in parts)
-        more = values.at[sources].get(mode="clip")
+        more = values.at[sources].get(mode="clip").astype(dtype)
         return sums.at[targets].add(more, mode="drop", indices_are_sorted=True)
 
-    sums = jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(values))
+    sums = jax.lax.fori_loop(0, rounds, add, jnp.zeros(values.shape, dtype))
     indices = jnp.full(count, rows, ids.dtype)
     indices = indices.at[position].set(ids, indices_are_sorted=True)
     return RowGradient(sums, indices, None)

@@ -46,17 +46,19 @@ ROWS_TO_JOIN = 2**14
 # Lookups and their gradients
 
 
-def look_up(table: keras.Variable, ids: Any) -> tf.Tensor | tf.RaggedTensor:
+def look_up(
+    table: keras.Variable, ids: Any, dtype: str, place: None
+) -> tf.Tensor | tf.RaggedTensor:
     """Read rows of the variable itself, not of a copy."""
     if isinstance(ids, tf.RaggedTensor):
-        return ids.with_flat_values(look_up(table, ids.flat_values))
+        return ids.with_flat_values(look_up(table, ids.flat_values, dtype, place))
     ids = keras.ops.convert_to_tensor(ids, sparse=False)
     ids = tf.where(ids < 0, ids + tf.cast(table.shape[0], ids.dtype), ids)
     rows = own_component(_keras.stored_value(table))
     if in_xla():
         # Under XLA this does not copy. `tf.vectorized_map` cannot read from a variable.
         rows = tf.convert_to_tensor(rows)
-    return tf.gather(rows, ids)
+    return tf.cast(tf.gather(rows, ids), dtype)
 
 
 def takes_rows(gradient: Any) -> bool:

@@ -24,7 +24,7 @@ ROWS_PER_ROUND = 4096
 # Lookups and their gradients
 
 
-def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
+def look_up(table: keras.Variable, ids: Any, dtype: str, place: None) -> torch.Tensor:
     ids = (ids if torch.is_tensor(ids) else keras.ops.convert_to_tensor(ids)).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
     value = _keras.stored_value(table)
@@ -33,8 +33,10 @@ def look_up(table: keras.Variable, ids: Any) -> torch.Tensor:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     ):  # these support dense gradients only
-        return torch.nn.functional.embedding(ids, value)
-    return LookUp.apply(value, ids)
+        rows = torch.nn.functional.embedding(ids, value)
+    else:
+        rows = LookUp.apply(value, ids)
+    return keras.ops.cast(rows, dtype)
 
 
 def takes_rows(gradient: Any) -> bool:

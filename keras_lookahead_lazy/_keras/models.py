@@ -30,16 +30,18 @@ def looked_up_table(layer: keras.layers.Embedding) -> keras.Variable:
 
 
 def with_lora(layer: keras.layers.Embedding, ids: Any, rows: Any) -> Any:
-    """Return the output of an Embedding for rows of its trained table."""
+    """Return the output of an Embedding for rows of its trained table.
+
+    Args:
+        rows: In the layer's compute dtype.
+    """
     if not layer.lora_enabled:
         return rows
     # Keras has `lora_alpha` since 3.11.
     scale = getattr(layer, "lora_alpha", layer.lora_rank) / layer.lora_rank
-    dtype, frozen = layer.compute_dtype, stored_value(layer._embeddings)
-    frozen_rows = ops.cast(ops.take(frozen, ids, axis=0), dtype)
-    return frozen_rows + scale * ops.matmul(
-        ops.cast(rows, dtype), layer.lora_embeddings_b
-    )
+    frozen = ops.take(stored_value(layer._embeddings), ids, axis=0)
+    frozen = ops.cast(frozen, layer.compute_dtype)
+    return frozen + scale * ops.matmul(rows, layer.lora_embeddings_b)
 
 
 def training_model() -> keras.Model | None:
