@@ -11,6 +11,7 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 CALLED = re.compile(r"(?:body|calls|\w+_computations?)=\{?((?:%[\w.-]+(?:, )?)+)")
 APPLIED = re.compile(r"to_apply=(%[\w.-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"condition=(%[\w.-]+)")
 ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 COLLECTIVES = (
     "all-reduce",
@@ -39,6 +40,7 @@ class Instruction:
         is_certain: whether it runs in every step: it does not stand in a branch, or in
             a loop whose number of rounds is only known when the program runs.
         is_fused: whether it is a part of another instruction.
+        trips: the rounds of a loop, if they are known when it is compiled.
     """
 
     operation: str
@@ -48,12 +50,7 @@ class Instruction:
     times: int = 1
     is_certain: bool = True
     is_fused: bool = False
-
-    @property
-    def trips(self) -> int | None:
-        """The rounds of a loop, if they are known when it is compiled."""
-        known = TRIPS.search(self.rest)
-        return int(known[1]) if known else None
+    trips: int | None = None
 
     @property
     def is_decided_while_running(self) -> bool:
@@ -86,6 +83,8 @@ class Collective:
 def instructions(text: str) -> list[Instruction]:
     """All instructions that a program may run, loops and branches gone through."""
     computations, entry = _computations(text)
+    for computation in computations.values():
+        computation[:] = [_with_trips(computations, each) for each in computation]
     return list(_walk(computations, entry, Instruction("", "", [], "")))
 
 
@@ -109,6 +108,25 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 )
             )
     return found, entry
+
+
+def _with_trips(
+    computations: dict[str, list[Instruction]], each: Instruction
+) -> Instruction:
+    """Add the rounds of a loop. TPU programs do not tell them, but count up to them."""
+    if each.operation != "while":
+        return each
+    if known := TRIPS.search(each.rest):
+        return dataclasses.replace(each, trips=int(known[1]))
+    condition = computations[CONDITION.search(each.rest)[1]]  # type: ignore[index]
+    *before, last = condition
+    operations = sorted(each.operation for each in before)
+    if operations != ["constant", "get-tuple-element", "parameter"]:
+        return each
+    if last.operation != "compare" or "direction=LT" not in last.rest:
+        return each
+    limit = next(each.rest for each in before if each.operation == "constant")
+    return dataclasses.replace(each, trips=int(limit.split(")")[0]))
 
 
 def _walk(

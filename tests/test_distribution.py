@@ -299,17 +299,15 @@ def owners_read_as_take():
     table = rng.normal(size=(64, 3)).astype("float32")
     several = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     one = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    for at_once, mesh, axes, batch, dtype in itertools.product(
+    for at_once, mesh, axes, shape, dtype in itertools.product(
         (2**17, 7),
         (several, one),
         ("model", "batch", ("batch", "model")),
-        (16, 6, None, 0),
+        ((16, 5), (6, 5), (16,), ()),  # 6 is not a multiple of 8
         ("float32", "bfloat16"),
     ):
         if not {*np.atleast_1d(axes)} <= {*mesh.axis_names}:
             continue
-        # 6 is not a multiple of 8.
-        shape = {None: (16,), 0: ()}.get(batch, (batch, 5))
         ids = rng.integers(-70, 70, shape).astype("int32")
         sharding = NamedSharding(mesh, PartitionSpec(axes))
         place = jax_placement.Placement(sharding, 0, "batch")
@@ -318,11 +316,11 @@ def owners_read_as_take():
             functools.partial(jax_placement.read_from_owners, place=place),
             static_argnames="dtype",
         )
-        rows = read(jax.device_put(table, sharding), ids, dtype=dtype)
+        rows = read(jax.device_put(table, sharding), jnp.array(ids), dtype=dtype)
         assert rows.dtype == dtype
         expected = jnp.take(table, ids, axis=0).astype(dtype)
         np.testing.assert_array_equal(
-            *(np.array(x, "float32") for x in (rows, expected))
+            np.array(rows, "float32"), np.array(expected, "float32")
         )
 
 

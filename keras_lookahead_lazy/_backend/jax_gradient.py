@@ -104,7 +104,9 @@ def _look_up_batch(values: tuple, axes: tuple, **how: Any) -> tuple:
     if table_axis is None:
         ids = jnp.moveaxis(ids, ids_axis, 0)
         return _look_up.bind(table, ids, **how), 0
-    return jax.vmap(functools.partial(_take, **how), in_axes=axes)(table, ids), 0
+    take = functools.partial(jnp.take, axis=0)
+    rows = jax.vmap(take, in_axes=axes)(table, ids)
+    return rows.astype(how["dtype"]), 0
 
 
 ad.primitive_jvps[_look_up] = _look_up_jvp

@@ -80,6 +80,23 @@ def test_what_a_program_does_is_read_from_its_text() -> None:
     assert wide == [False, False, True]
 
 
+def test_a_loop_that_counts_to_a_constant_has_so_many_rounds() -> None:
+    """As TPU programs are, where the compiler does not say how many."""
+    condition = """%to_five (p.9: (s32[], f32[4])) -> pred[] {
+  %limit = s32[] constant(5)
+  %p.9 = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p.9), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+"""
+    counts = "condition=%to_five, body=%three"
+    told = 'body=%three, config={"known_trip_count":{"n":"3"}}'
+    program = _hlo.instructions(condition + PROGRAM.replace(told, counts))
+    times = [each.times for each in _hlo.collectives(program, rows=8)]
+    assert times == [1, 1, 5]
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     missing = [
