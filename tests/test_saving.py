@@ -349,6 +349,8 @@ def test_two_tables(make_model, chosen, tmp_path):
 )
 def test_state_tree(case):
     """In which Keras finds variables by their paths, whoever builds the optimizer."""
+    if case == "outer-twice" and keras.__version__ < "3.11":
+        pytest.skip("Keras called both outer optimizers SGD, and refuses that")
 
     def compiled():
         keras.backend.clear_session()  # the names of a new process

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from harness import BACKEND, environment
+from packaging.version import Version
 from traffic import BATCH, LENGTH, LOOK_UPS, VOCABULARY, WIDTH, Crossing
 
 from examples.distributed._task import free_port
@@ -17,6 +19,8 @@ ENGINES = {
     "jax": ["data_parallel", "model_parallel_rows", "model_parallel_columns"],
     "torch": ["ddp"],
 }[BACKEND]
+# The partitioner of JAX 0.6 also divides the summing of gradients, for more traffic.
+HAS_SHARDY = BACKEND != "jax" or Version(version("jax")) >= Version("0.7")
 CLIPPING = ["clipnorm", "clipvalue", "global_clipnorm"]
 # Each engine with plain gradients, and each kind of clipping on one of them.
 CASES = [(engine, "plain") for engine in ENGINES]
@@ -75,7 +79,7 @@ def test_rows_cross_and_no_table(engine, setting):
     sizes = [each.bytes for each in found if each.bytes is not None]
     # Rows of the table and of what is kept for it, ids, and the dense weights.
     most = 12 * LOOK_UPS * (WIDTH + 2) * 8
-    if engine == "model_parallel_rows":
+    if engine == "model_parallel_rows" and HAS_SHARDY:
         # Each device updates its own rows: what was looked up crosses on the way out,
         # and its gradients on the way back. A sync needs nothing of other devices.
         most = LOOK_UPS * (2 * WIDTH + 2) * 4 + 1000
