@@ -164,7 +164,7 @@ def look_up(table: jax.Array, ids: Any, dtype: str, place: Placement) -> jax.Arr
         gateway = _Gateway(table)
         if _trace(gateway.private) is not _trace(table):
             # In a scan, for example, whose values stay inside.
-            return _take(table, ids, dtype=dtype, place=place)
+            return jnp.take(table, ids, axis=0).astype(dtype)
         _gateways[id(table)] = gateway
         weakref.finalize(table, _gateways.pop, id(table), None)
     return gateway.look_up(jnp.asarray(ids), dtype, place)
