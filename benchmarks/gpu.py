@@ -90,14 +90,17 @@ def goals(compiled: Compiled, done: list[Compiled]) -> list[Goal]:
     found = [Goal("host stops", most, figures(compiled)["host_stops"])]
     if program.optimizer not in LAZY:
         return found + _compiled.lookahead_goals(compiled, done)
-    gathered = program.devices * program.rows * (4 + 4 * program.width)
+    look_ups = program.devices * program.rows
     if program.devices == 1:
         return [*found, Goal("temporaries / table", 0.02, compiled.share)]
     # Every device gets the gradients of all lookups, and keeps rows of the table and of
     # two slots for them, old and new.
+    gathered = look_ups * (4 + 4 * program.width)
     found.append(Goal("temporaries / all gradients", 6, compiled.temporary / gathered))
     # What Adam's step sends, and once each look-up's id and gradient.
-    most = _compiled.adam_of(compiled, done).crossing + gathered
+    size = 4 if program.policy == "float32" else 2
+    sent = look_ups * (4 + size * program.width)
+    most = _compiled.adam_of(compiled, done).crossing + sent
     return [*found, Goal("between devices", most, compiled.crossing, "bytes")]
 
 
