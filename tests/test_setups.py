@@ -130,8 +130,15 @@ def test_a_large_table_warns_once(monkeypatch):
 
 
 @pytest.mark.parametrize("jit", JIT)
-@pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("kind", ["SGD", "Adagrad"])
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [
+        ("SGD", True),
+        ("Adagrad", False),
+        pytest.param("SGD", False, marks=pytest.mark.long),
+        pytest.param("Adagrad", True, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("name", COMPARED)
 def test_equals_keras_whatever_is_sampled(name, kind, around, jit):
     """SGD without momentum and Adagrad move no row whose gradient is zero."""
