@@ -8,6 +8,7 @@ short or a gradient was dense, the update works on the whole accumulator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +31,18 @@ class RowAccumulator:
         ids: Int variable of shape `(n,)`, the rows that may be nonzero.
         count: Int scalar variable, how many of the ids are in use. It exceeds the
             length of `ids` if the rows are not known.
+        place: The placement of the table.
     """
 
     gradients: keras.Variable
     ids: keras.Variable
     count: keras.Variable
+    place: Any
 
     def add_rows(self, gradient: RowGradient) -> None:
         """Accumulate the lookups of one step."""
         accumulated = engine.replica(self.gradients, self.gradients)
-        rows = engine.read_rows(accumulated, gradient.indices) + gradient.by_row()
-        engine.write_rows([accumulated], gradient.indices, [rows])
+        engine.step_in_rounds(gradient, [accumulated], self.place, _add)
         count = engine.read_count(self.count)
         more = engine.write_list(self.ids, count, gradient.indices)
         engine.write_count(self.count, count + more)
@@ -73,3 +75,8 @@ class RowAccumulator:
         """Set all rows to zero."""
         self.gradients.assign(ops.zeros_like(self.gradients.value))
         engine.write_count(self.count, 0)
+
+
+def _add(gradient: RowGradient, variables: Sequence[Any]) -> None:
+    rows = engine.read_rows(variables[0], gradient.indices) + gradient.by_row()
+    engine.write_rows(variables, gradient.indices, [rows])

@@ -233,6 +233,7 @@ class LazyOptimizer(LazyStep):
                 name=f"{name}_accumulated",
             ),
             count=self._add_number(variable, f"{name}_accumulated_count"),
+            place=engine.placement(variable),
         )
 
     def _add_number(self, table: keras.Variable, name: str) -> keras.Variable:
