@@ -1,6 +1,7 @@
 """Ordinary set-ups train as Keras does, and a step costs its rows in each of them."""
 
 import contextlib
+import itertools
 import warnings
 from typing import Any
 
@@ -44,6 +45,16 @@ LEFT_OUT = {"weight_decay", "loss_scale_factor" if BACKEND == "tensorflow" else 
 COMPARED = [name for name in SETUPS if name not in LEFT_OUT]
 
 
+def crossed(*choices):
+    """All combinations; those beside the diagonal on request."""
+    longest = max(map(len, choices))
+    diagonal = [tuple(each[i % len(each)] for each in choices) for i in range(longest)]
+    return [
+        pytest.param(*case, marks=[] if case in diagonal else pytest.mark.long)
+        for case in itertools.product(*choices)
+    ]
+
+
 def make_looked_up(optimizer, layer, jit, seed=0):
     keras.utils.set_random_seed(seed)
     table = keras.layers.Embedding(ROWS, WIDTH, name="words", **layer)
@@ -80,9 +91,8 @@ def lazy_of(optimizer):
     return optimizer
 
 
-@pytest.mark.parametrize("jit", JIT)
+@pytest.mark.parametrize(("moments", "jit"), crossed(["decay", "freeze"], JIT))
 @pytest.mark.parametrize("name", SETUPS)
-@pytest.mark.parametrize("moments", ["decay", "freeze"])
 def test_a_step_computes_no_whole_table(name, moments, jit):
     policy, layer, settings = SETUPS[name]
     with dtype_policy(policy):
@@ -129,15 +139,8 @@ def test_a_large_table_warns_once(monkeypatch):
         model.train_on_batch(x[1], y[1])
 
 
-@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize(
-    ("kind", "around"),
-    [
-        ("SGD", True),
-        ("Adagrad", False),
-        pytest.param("SGD", False, marks=pytest.mark.long),
-        pytest.param("Adagrad", True, marks=pytest.mark.long),
-    ],
+    ("kind", "around", "jit"), crossed(["SGD", "Adagrad"], [True, False], JIT)
 )
 @pytest.mark.parametrize("name", COMPARED)
 def test_equals_keras_whatever_is_sampled(name, kind, around, jit):
