@@ -580,7 +580,8 @@ def _share_of_steps(epochs: Epochs, loss: float) -> str:
 
 def outer_rates_table(records: Sequence[Record]) -> Table:
     """Validation loss at the end of each run of the sweep."""
-    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    gpt = [record for record in records if record["settings"]["model"] == "gpt"]
+    sweep = [r for r in gpt if r["settings"]["seed"] == _tuning.SEED]
     rates = sorted({record["settings"]["learning_rate"] for record in sweep})
     table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
     for optimizer, group in _group(sweep, "optimizer", outer.CURVES).items():
