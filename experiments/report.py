@@ -515,6 +515,8 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
 
 # An outer optimizer
 
+CORE_SECONDS = "seconds of one core, on a shared machine"
+
 
 def outer_table(records: Sequence[Record]) -> Table:
     """Each optimizer at its best rate, from seeds that took no part in the sweep."""
@@ -607,9 +609,10 @@ def draw_outer(records: Sequence[Record]) -> Figure:
     runs = {optimizer: seeds for optimizer, seeds in runs.items() if seeds}
     figure = Figure(figsize=(11, 4.5))
     plots = figure.subplots(1, 2)
-    for axes, over in zip(plots, ("steps", "core seconds"), strict=True):
+    for axes, over in zip(plots, ("steps", CORE_SECONDS), strict=True):
         draw_measure(axes, "val_loss", "validation loss", runs, outer.CURVES, over)
         axes.set_xscale("linear")
+        axes.set_xlabel(over)
     legend(figure, plots[0])
     return figure
 
@@ -622,7 +625,7 @@ def _in_steps(record: Record) -> Epochs:
         {
             "val_loss": epoch["val_loss"],
             "steps": number * record["settings"]["steps_an_epoch"],
-            "core seconds": number * seconds,
+            CORE_SECONDS: number * seconds,
         }
         for number, epoch in enumerate(epochs, 1)
     ]
