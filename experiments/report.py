@@ -580,10 +580,10 @@ def _share_of_steps(epochs: Epochs, loss: float) -> str:
     return "not reached"
 
 
-def outer_rates_table(records: Sequence[Record]) -> Table:
-    """Validation loss at the end of each run of the sweep."""
-    gpt = [record for record in records if record["settings"]["model"] == "gpt"]
-    sweep = [r for r in gpt if r["settings"]["seed"] == _tuning.SEED]
+def outer_rates_table(model: str, records: Sequence[Record]) -> Table:
+    """Validation loss at the end of each run of a model's sweep."""
+    of_model = [r for r in records if r["settings"]["model"] == model]
+    sweep = [r for r in of_model if r["settings"]["seed"] == _tuning.SEED]
     rates = sorted({record["settings"]["learning_rate"] for record in sweep})
     table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
     for optimizer, group in _group(sweep, "optimizer", outer.CURVES).items():
@@ -1101,7 +1101,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
     "outer": ("outer", outer_table),
-    "outer-rates": ("outer", outer_rates_table),
+    "outer-rates": ("outer", partial(outer_rates_table, "gpt")),
+    "outer-rates-lstm": ("outer", partial(outer_rates_table, "lstm")),
     "large-table": ("large_table", large_table_table),
     "large-table-rates": ("large_table", large_table_rates_table),
     "ncf": ("ncf", ncf_table),
