@@ -101,9 +101,10 @@ def test_report():
     assert ours[3] == "3.8000, 4.1000"
     assert ours[4].startswith("-0.0500 ± ")
     assert ours[5:] == ["0.833, not reached", "8.0"]
-    _, adamw, ours = report.outer_rates_table(records)
+    _, adamw, ours = report.outer_rates_table("gpt", records)
     assert adamw[1:] == ["4.0000", "4.2000"]
     assert ours[1:] == ["4.0000", ""]
+    assert len(report.outer_rates_table("lstm", records)) == 1
     report.draw_outer(records)
 
 
