@@ -33,6 +33,8 @@ FIT_CURVES = {
 }
 
 MISSING = "not measured"
+# Parts of `benchmarks.device` that take no times.
+CHECKS = ("correct", "stops", "same_bits")
 # The lines of a table by their names, with `{place}` where there is one for each.
 FIT = (
     ("fit-adam-{place}", "Adam / LazyOptimizer(Adam), 10^6 rows"),
@@ -251,7 +253,6 @@ def device_times(report: dict[str, Any]) -> Table:
     for part in report["parts"]:
         for found in part["results"] if part["part"] == "fit" else ():
             peak = found.get("peak_bytes")
-            forms = [form.partition(":")[0] for form in found.get("step_forms", ())]
             table.append(
                 [
                     part["backend"],
@@ -260,10 +261,33 @@ def device_times(report: dict[str, Any]) -> Table:
                     found["optimizer"],
                     _figure(found.get("ms")),
                     _figure(peak / 1e9 if peak else None),
-                    ", ".join(forms) or found.get("reason", ""),
+                    _forms(found),
                 ]
             )
     return table
+
+
+def device_recommender(report: dict[str, Any]) -> Table:
+    """Steps of DLRM that `benchmarks.device` has timed."""
+    table = [["backend", "optimizer", "a step, ms", "first steps, s", "forms"]]
+    table += [
+        [
+            part["backend"],
+            found["optimizer"],
+            _figure(found.get("ms")),
+            _figure(found.get("first_s")),
+            _forms(found),
+        ]
+        for part in report["parts"]
+        for found in (part["results"] if part["part"] == "recommender" else ())
+    ]
+    return table
+
+
+def _forms(found: dict[str, Any]) -> str:
+    """How the tables' steps worked, without reasons, or why there was none."""
+    forms = {form.partition(":")[0] for form in found.get("step_forms", ())}
+    return ", ".join(sorted(forms)) or found.get("reason", "")
 
 
 def device_checks(report: dict[str, Any]) -> Table:
@@ -275,7 +299,7 @@ def device_checks(report: dict[str, Any]) -> Table:
     }
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for part in report["parts"]:
-        for result in part["results"] if part["part"] != "fit" else ():
+        for result in part["results"] if part["part"] in CHECKS else ():
             found.setdefault((part["backend"], result["optimizer"]), {}).update(result)
     table = [["backend", "optimizer", *(title for title, _ in columns.values())]]
     for key, result in found.items():
@@ -315,6 +339,7 @@ TABLES: _pages.Tables = {
     "tpu": tpu,
     "gpu": gpu,
     "device-times": partial(on_device, device_times),
+    "device-recommender": partial(on_device, device_recommender),
     "device-checks": partial(on_device, device_checks),
     "reliability": _table.answers,
     "reliability-notes": _table.notes,

@@ -41,8 +41,11 @@ def test_every_part_is_measured(report: dict) -> None:
     for part in ("correct", "stops", "same_bits"):
         assert found(report, part).keys() == both, part
     times = found(report, "fit")
-    assert times.keys() == both | {("torch", "torch SparseAdam")}
-    assert all(0 < each["ms"] < math.inf for each in times.values())
+    clicks = found(report, "recommender")
+    for timed in (times, clicks):
+        assert timed.keys() == both | {("torch", "torch SparseAdam")}
+        assert all(0 < each["ms"] < math.inf for each in timed.values())
+        assert all(0 < each["first_s"] < math.inf for each in timed.values())
     assert all(times[key]["step_forms"] == ["rows"] for key in both)
     assert report["backends"].keys() == {"jax", "torch"}
 
@@ -61,6 +64,7 @@ def test_it_becomes_tables(report: dict) -> None:
     (_, *times), (_, *checks) = pages.device_times(report), pages.device_checks(report)
     assert len(times) == 5
     assert all(float(line[4]) > 0 for line in times)
+    assert len(pages.device_recommender(report)) == 1 + 5
     assert len(checks) == 4
     assert all(pages.MISSING not in line for line in checks)
 
