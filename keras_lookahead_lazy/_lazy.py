@@ -185,6 +185,7 @@ class LazyOptimizer(LazyStep):
         elif not _tables.acts_on_rows(variable.constraint):
             reason = f"the constraint {variable.constraint!r} looks across rows"
         name = variable.path.replace("/", "_")  # as slots are named
+        place = engine.placement(variable)
         last_update = self.add_variable(
             shape=variable.shape[:1],
             dtype=engine.INTEGERS,
@@ -195,17 +196,19 @@ class LazyOptimizer(LazyStep):
             variable,
             slots=_keras.slots(inner, variable),
             slots_by_row=slots_by_row,
-            kind=self._kind(variable, slots_by_row),
-            place=engine.placement(variable),
+            kind=self._kind(variable, slots_by_row, place),
+            place=place,
             log_rates=log_rates or {},
             last_update=last_update,
             caught_up=self._add_number(variable, f"{name}_caught_up"),
             left_out=self._add_number(variable, f"{name}_left_out"),
             reason=reason,
-            accumulator=self._make_accumulator(variable, name) if not reason else None,
+            accumulator=None
+            if reason
+            else self._make_accumulator(variable, name, place),
         )
 
-    def _kind(self, table: keras.Variable, slots_by_row: set[str]) -> Any:
+    def _kind(self, table: keras.Variable, slots_by_row: set[str], place: Any) -> Any:
         """Return what tables must have in common for their rows to be joined."""
         inner = _keras.innermost(self._inner)
         if not _keras.updates_all_alike(inner):
@@ -215,11 +218,10 @@ class LazyOptimizer(LazyStep):
             return None
         shapes = [(name, slot.shape[1:], slot.dtype) for name, slot in slots.items()]
         decays = _keras.decays_weight(inner, table)
-        place = engine.placement(table)
         return table.shape[1:], table.dtype, tuple(shapes), decays, place
 
     def _make_accumulator(
-        self, variable: keras.Variable, name: str
+        self, variable: keras.Variable, name: str, place: Any
     ) -> RowAccumulator | None:
         if not self.gradient_accumulation_steps:
             return None
@@ -233,7 +235,7 @@ class LazyOptimizer(LazyStep):
                 name=f"{name}_accumulated",
             ),
             count=self._add_number(variable, f"{name}_accumulated_count"),
-            place=engine.placement(variable),
+            place=place,
         )
 
     def _add_number(self, table: keras.Variable, name: str) -> keras.Variable:
