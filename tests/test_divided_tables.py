@@ -16,7 +16,6 @@ DIVISIONS = {
     "columns": ((2, 4), ("batch", "model"), (None, "model")),
     "rows and columns": ((2, 4), ("batch", "model"), ("batch", "model")),
 }
-# A table looked up twice, one of two tables, lookups with a number and with a list.
 COMPARED = ["layer policy", "accumulation", "global_clipnorm"]
 
 
@@ -37,6 +36,7 @@ def divide(division):
 
 
 def train(name):
+    """Two tables: one that is looked up twice, and one that takes a single id."""
     policy, layer, settings = SETUPS[name]
     rng = np.random.default_rng(0)
     with dtype_policy(policy):

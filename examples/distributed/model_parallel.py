@@ -22,13 +22,14 @@ def main() -> None:
     )
     import keras
 
-    # Two shares of the batch, if the number is even, times parts of the table.
-    batch = 2 - options.replicas % 2
-    mesh = keras.distribution.DeviceMesh(
-        (batch, options.replicas // batch), ("batch", "model")
-    )
     if options.shard == "rows-as-batch":
         mesh = keras.distribution.DeviceMesh((options.replicas,), ("batch",))
+    else:
+        # Two shares of the batch, if the number is even, times parts of the table.
+        batch = 2 - options.replicas % 2
+        mesh = keras.distribution.DeviceMesh(
+            (batch, options.replicas // batch), ("batch", "model")
+        )
     layouts = keras.distribution.LayoutMap(mesh)
     layouts["(.*/)?words/embeddings"] = {
         "rows": ("model", None),
