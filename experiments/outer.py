@@ -1,6 +1,6 @@
-"""An outer optimizer for Lookahead's slow weights, on two language models of words.
+"""An outer optimizer for Lookahead's slow weights, on three language models of words.
 
-A small GPT and an LSTM read IMDB reviews once. `tune` trains every optimizer at every
+Two small GPTs and an LSTM read IMDB reviews once. `tune` trains every optimizer at every
 learning rate of a grid, from one seed; `compare` trains it from other seeds at the rate
 of the lowest validation loss. k divides the steps between two evaluations, so at each
 of them a sync has just made fast and slow weights the same.
@@ -27,12 +27,23 @@ from experiments._runs import Settings, add_options, run_all
 from keras_lookahead_lazy import Lookahead
 
 WORDS, TOKENS = 2_000, 64
-BLOCKS, WIDTH, HEADS = 4, 128, 4
 BATCH_SIZE = 8
 EPOCHS, STEPS_AN_EPOCH = 10, 60
 HELD_OUT = 300  # sequences, of validation and of test each
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-MODELS = ("gpt", "lstm")
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """The size of a GPT; a head is 32 wide."""
+
+    blocks: int
+    width: int
+
+
+GPTS = {"gpt": Gpt(blocks=4, width=128), "gpt-6m": Gpt(blocks=6, width=256)}
+LSTM_WIDTH = 128
+MODELS = (*GPTS, "lstm")
 
 
 @dataclass(frozen=True)
@@ -119,18 +130,19 @@ class Positions(layers.Layer):
 
 def build_model(kind: str) -> keras.Model:
     """Build a model that gives a logit for every word that may come next."""
+    gpt = GPTS.get(kind)
+    width = gpt.width if gpt else LSTM_WIDTH
     words = keras.Input((TOKENS,), dtype="int32")
-    x = layers.Embedding(WORDS, WIDTH, embeddings_initializer="random_normal")(words)
-    if kind == "lstm":
-        x = layers.LSTM(WIDTH, return_sequences=True)(x)
+    x = layers.Embedding(WORDS, width, embeddings_initializer="random_normal")(words)
+    if not gpt:
+        x = layers.LSTM(width, return_sequences=True)(x)
         return keras.Model(words, layers.Dense(WORDS)(x))
     x = Positions()(x)
-    for _ in range(BLOCKS):
+    for _ in range(gpt.blocks):
         y = layers.LayerNormalization()(x)
-        attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
-        x = x + attention(y, y, use_causal_mask=True)
-        y = layers.Dense(4 * WIDTH, "gelu")(layers.LayerNormalization()(x))
-        x = x + layers.Dense(WIDTH)(y)
+        x = x + layers.MultiHeadAttention(width // 32, 32)(y, y, use_causal_mask=True)
+        y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(width)(y)
     return keras.Model(words, layers.Dense(WORDS)(layers.LayerNormalization()(x)))
 
 
