@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from filelock import FileLock
 
-from examples.common.options import add_trainings, positive_int, refuse
+from examples.common.options import add_samples, add_trainings, positive_int, refuse
 from examples.common.record import environment, write_json
 from examples.common.sources import Data, DataError
 
@@ -53,10 +53,17 @@ AnyScale = TypeVar("AnyScale", bound=Scale)
 
 
 def add_options(parser: argparse.ArgumentParser, seeds: list[int], data: str) -> None:
+    """Add the options that every experiment on data has."""
+    parser.add_argument(
+        "--data", required=True, type=data_source, metavar="SOURCE", help=data
+    )
+    add_samples(parser)
+    add_run_options(parser, seeds)
+
+
+def add_run_options(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
     """Add the options that every experiment has."""
-    add = parser.add_argument
-    add("--data", required=True, type=data_source, metavar="SOURCE", help=data)
-    add(
+    parser.add_argument(
         "--jobs",
         type=positive_int,
         default=1,

@@ -1,9 +1,9 @@
 """An outer optimizer for Lookahead's slow weights, on three language models of words.
 
-Two small GPTs and an LSTM read IMDB reviews once. `tune` trains every optimizer at every
-learning rate of a grid, from one seed; `compare` trains it from other seeds at the rate
-of the lowest validation loss. k divides the steps between two evaluations, so at each
-of them a sync has just made fast and slow weights the same.
+Two small GPTs and an LSTM read IMDB reviews once. `tune` trains every optimizer at
+every learning rate of a grid, from one seed; `compare` trains it from other seeds at
+the rate of the lowest validation loss. k divides the steps between two evaluations, so
+at each of them a sync has just made fast and slow weights the same.
 """
 
 import argparse

@@ -34,6 +34,7 @@ from experiments import (
     _pages,
     _tuning,
     cifar,
+    gan,
     language_model,
     large_table,
     ncf,
@@ -518,7 +519,7 @@ def draw_language_model(records: Sequence[Record]) -> Figure:
 CORE_SECONDS = "seconds of one core, on a shared machine"
 
 
-def outer_table(records: Sequence[Record]) -> Table:
+def outer_table(model: str, records: Sequence[Record]) -> Table:
     """Each optimizer at its best rate, from seeds that took no part in the sweep."""
     steps = "share of AdamW's steps to its final loss, each seed"
     table = [
@@ -534,7 +535,7 @@ def outer_table(records: Sequence[Record]) -> Table:
     ]
     groups = {
         optimizer: compared
-        for optimizer, group in _outer_groups(records).items()
+        for optimizer, group in _outer_groups(model, records).items()
         if (compared := [r for r in group if r["settings"]["seed"] != _tuning.SEED])
     }
     adamw = _by_seed(groups["adamw"], "test_loss")
@@ -583,17 +584,7 @@ def _share_of_steps(epochs: Epochs, loss: float) -> str:
 def outer_rates_table(model: str, records: Sequence[Record]) -> Table:
     """Validation loss at the end of each run of a model's sweep."""
     of_model = [r for r in records if r["settings"]["model"] == model]
-    sweep = [r for r in of_model if r["settings"]["seed"] == _tuning.SEED]
-    rates = sorted({record["settings"]["learning_rate"] for record in sweep})
-    table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
-    for optimizer, group in _group(sweep, "optimizer", outer.CURVES).items():
-        losses = {
-            record["settings"]["learning_rate"]: record["results"]["val_loss"]
-            for record in group
-        }
-        cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in rates]
-        table.append([outer.CURVES[optimizer].label, *cells])
-    return table
+    return _rates_table(of_model, outer.CURVES, "val_loss")
 
 
 def draw_outer(records: Sequence[Record]) -> Figure:
@@ -604,7 +595,7 @@ def draw_outer(records: Sequence[Record]) -> Figure:
             for record in group
             if record["settings"]["seed"] != _tuning.SEED
         ]
-        for optimizer, group in _outer_groups(records).items()
+        for optimizer, group in _outer_groups("gpt", records).items()
     }
     runs = {optimizer: seeds for optimizer, seeds in runs.items() if seeds}
     figure = Figure(figsize=(11, 4.5))
@@ -631,9 +622,78 @@ def _in_steps(record: Record) -> Epochs:
     ]
 
 
-def _outer_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
-    gpt = [record for record in records if record["settings"]["model"] == "gpt"]
-    return _at_best_rates(gpt, outer.CURVES, lambda results: results["val_loss"])
+def _outer_groups(model: str, records: Sequence[Record]) -> dict[str, list[Record]]:
+    of_model = [record for record in records if record["settings"]["model"] == model]
+    return _at_best_rates(of_model, outer.CURVES, lambda results: results["val_loss"])
+
+
+# A GAN
+
+
+def gan_table(records: Sequence[Record]) -> Table:
+    """Each optimizer at its best rate, from seeds that took no part in the sweep."""
+    table = [
+        [
+            "optimizer of both players",
+            "learning rate",
+            "energy distance",
+            "each seed",
+            "above Adam, same seeds",
+            "bells found",
+        ]
+    ]
+    groups = _gan_groups(records)
+    adam = _by_seed(groups["adam"], "distance")
+    for optimizer, group in groups.items():
+        distances = _by_seed(group, "distance")
+        above = _differences(distances, adam) if optimizer != "adam" else []
+        table.append(
+            [
+                gan.CURVES[optimizer].label,
+                f"{group[0]['settings']['learning_rate']:g}",
+                _interval(list(distances.values()), 4),
+                ", ".join(f"{value:.4f}" for value in distances.values()),
+                _interval(above, 4, "+") if above else "",
+                f"{statistics.mean(_by_seed(group, 'bells').values()):.1f}",
+            ]
+        )
+    return table
+
+
+def gan_rates_table(records: Sequence[Record]) -> Table:
+    """The mean distance in the second half of each run of the sweep."""
+    return _rates_table(records, gan.CURVES, "distance")
+
+
+def draw_gan(records: Sequence[Record]) -> Figure:
+    """The distance over the steps, and points from the first seed's generators."""
+    groups = _gan_groups(records)
+    figure = Figure(figsize=(11, 4))
+    distance, *planes = figure.subplots(1, 1 + len(groups))
+    for optimizer, group in groups.items():
+        curve = gan.CURVES[optimizer]
+        seeds = [[e["distance"] for e in epochs] for epochs in _epochs(group)]
+        steps = gan.STEPS_AN_EPOCH * np.arange(1, 1 + len(seeds[0]))
+        distance.semilogy(steps, np.transpose(seeds), color=curve.color, lw=0.5)
+        mean = np.mean(seeds, axis=0)
+        distance.semilogy(steps, mean, color=curve.color, label=curve.label, lw=2)
+    distance.set(xlabel="steps", ylabel="energy distance")
+    for plane, (optimizer, group) in zip(planes, groups.items(), strict=True):
+        points = np.array(group[0]["results"]["points"])
+        plane.plot(*gan.centers().T, "o", color=GREY, markersize=12, fillstyle="none")
+        plane.plot(*points.T, ".", color=gan.CURVES[optimizer].color, markersize=2)
+        plane.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    legend(figure, distance)
+    return figure
+
+
+def _gan_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups = _at_best_rates(records, gan.CURVES, lambda results: results["distance"])
+    return {
+        optimizer: compared
+        for optimizer, group in groups.items()
+        if (compared := [r for r in group if r["settings"]["seed"] != _tuning.SEED])
+    }
 
 
 # A large table
@@ -1100,9 +1160,13 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "cifar-longer": ("cifar", longer_table),
     "cifar-updates": ("cifar", updates_table),
     "language-model": ("language_model", language_model_table),
-    "outer": ("outer", outer_table),
+    "outer": ("outer", partial(outer_table, "gpt")),
+    "outer-6m": ("outer", partial(outer_table, "gpt-6m")),
     "outer-rates": ("outer", partial(outer_rates_table, "gpt")),
+    "outer-rates-6m": ("outer", partial(outer_rates_table, "gpt-6m")),
     "outer-rates-lstm": ("outer", partial(outer_rates_table, "lstm")),
+    "gan": ("gan", gan_table),
+    "gan-rates": ("gan", gan_rates_table),
     "large-table": ("large_table", large_table_table),
     "large-table-rates": ("large_table", large_table_rates_table),
     "ncf": ("ncf", ncf_table),
@@ -1121,6 +1185,7 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "cifar-updates": ("cifar", draw_updates),
     "language-model": ("language_model", draw_language_model),
     "outer": ("outer", draw_outer),
+    "gan": ("gan", draw_gan),
     "large-table": ("large_table", draw_large_table),
     "ncf": ("ncf", draw_ncf),
     "word-vectors": ("word_vectors", draw_word_vectors),
@@ -1183,6 +1248,27 @@ def _trainings(
         and record["settings"]["scale"]["epochs"] == epochs
         and all(record["settings"][name] == value for name, value in settings.items())
     ]
+
+
+def _rates_table(
+    records: Iterable[Record], curves: Mapping[str, Curve], measure: str
+) -> Table:
+    """What each run of a sweep ended with, by optimizer and learning rate."""
+    sweep = [r for r in records if r["settings"]["seed"] == _tuning.SEED]
+    rates = sorted({record["settings"]["learning_rate"] for record in sweep})
+    table = [["optimizer", *(f"{rate:g}" for rate in rates)]]
+    for optimizer, group in _group(sweep, "optimizer", curves).items():
+        found = {
+            record["settings"]["learning_rate"]: record["results"][measure]
+            for record in group
+        }
+        cells = [_number(found[rate]) if rate in found else "" for rate in rates]
+        table.append([curves[optimizer].label, *cells])
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.4f}"
 
 
 def _windows(records: Iterable[Record]) -> dict[tuple[int, float], list[Record]]:

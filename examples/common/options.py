@@ -14,6 +14,7 @@ def add_comparison(
 ) -> None:
     """Add the options of an example that compares optimizers."""
     add_optimizers(parser, optimizers)
+    add_samples(parser)
     add_trainings(parser, [0], "where results.json and curves.png go")
     add, text = parser.add_argument, "(default: %(default)s)"
     add("--batch-size", type=positive_int, default=batch_size, metavar="N", help=text)
@@ -58,17 +59,21 @@ def add_size(
     parser.add_argument(option, type=size, default=default, metavar="N", help=text)
 
 
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """Add what says on how many samples is trained and tested."""
+    for part in ("train", "test"):
+        text = f"{part} on at most so many"
+        parser.add_argument(
+            f"--{part}-samples", type=positive_int, metavar="N", help=text
+        )
+
+
 def add_trainings(
     parser: argparse.ArgumentParser, seeds: Sequence[int], output: str
 ) -> None:
-    """Add what says how much is trained, and where the results go."""
+    """Add what says how long is trained, and where the results go."""
     add = parser.add_argument
-    for option, text in (
-        ("--epochs", "instead of the usual number"),
-        ("--train-samples", "train on at most so many"),
-        ("--test-samples", "test on at most so many"),
-    ):
-        add(option, type=positive_int, metavar="N", help=text)
+    add("--epochs", type=positive_int, metavar="N", help="instead of the usual number")
     add(
         "--seeds",
         nargs="+",

@@ -96,7 +96,7 @@ def test_report():
         ran("outer-30-0.5", 0.1, 1, [5.0, 4.2, 3.8]),  # 4.0 in the middle
         ran("outer-30-0.5", 0.1, 2, [5.0, 4.2, 4.1]),
     ]
-    _, adamw, ours = report.outer_table(records)
+    _, adamw, ours = report.outer_table("gpt", records)
     assert adamw[1:4] == ["0.1", "4.0000 ± 0.0000", "4.0000, 4.0000"]
     assert ours[3] == "3.8000, 4.1000"
     assert ours[4].startswith("-0.0500 ± ")
