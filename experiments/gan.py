@@ -183,17 +183,14 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
         noise = random.standard_normal((POINTS, NOISE)).astype("float32")
         points = game.generated(noise)
         distance = energy_distance(points, draw_points(random, (POINTS,)))
-        measured = {
-            "epoch": epoch,
-            "distance": distance if np.isfinite(distance) else None,
-            "bells": bells_found(points),
-        }
+        measured = {"epoch": epoch, "distance": distance, "bells": bells_found(points)}
         epochs.append(measured)
         print(f"{name}  {measured}", flush=True)
-    half = [each["distance"] for each in epochs[len(epochs) // 2 :]]
+    half = epochs[len(epochs) // 2 :]
+    distance = float(np.mean([each["distance"] for each in half]))
     return {
-        "distance": None if None in half else float(np.mean(half)),
-        "bells": float(np.mean([e["bells"] for e in epochs[len(epochs) // 2 :]])),
+        "distance": distance if np.isfinite(distance) else None,
+        "bells": float(np.mean([each["bells"] for each in half])),
         "points": points[:500].tolist(),
         "epochs": epochs,
     }
