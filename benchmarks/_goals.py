@@ -344,6 +344,7 @@ SETUPS: dict[str, tuple[str, str, Sequence[str], float | None]] = {
     "accumulation": ("float32", "accumulation", [*PLACES], 2),
     "clipping": ("float32", "clipping", [*PLACES], 2),
     "activity": ("float32", "activity", [*PLACES], 2),
+    "compiled": ("float32", "plain", ["torch"], 2),
     "mirrored": ("float32", "mirrored", ["graph"], 3),
     "data-parallel": ("float32", "data-parallel", ["jax"], 3),
     "model-parallel": ("float32", "model-parallel", ["jax"], 3),
@@ -363,6 +364,7 @@ def _setup_goals(sizes: Sizes) -> Iterator[Goal]:
             large = dataclasses.replace(
                 plain,
                 worker=f"{worker} on 2 CPUs" if name in ON_DEVICES else worker,
+                mode="jit" if name == "compiled" else mode,
                 problem=dataclasses.replace(problem, policy=policy, setup=setup),
             )
             yield Goal(

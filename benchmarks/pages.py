@@ -63,6 +63,7 @@ SETUPS = tuple(
         ("accumulation", "`gradient_accumulation_steps=4`"),
         ("clipping", "`global_clipnorm`"),
         ("activity", "`activity_regularizer=L2`"),
+        ("compiled", "`jit_compile=True`"),
         ("mirrored", "`MirroredStrategy`, 2 replicas"),
         ("data-parallel", "`DataParallel`, 2 devices"),
         ("model-parallel", "`ModelParallel`, 2 devices, a table in two halves"),

@@ -672,7 +672,7 @@ def draw_gan(records: Sequence[Record]) -> Figure:
     distance, *planes = figure.subplots(1, 1 + len(groups))
     for optimizer, group in groups.items():
         curve = gan.CURVES[optimizer]
-    
+
         steps = gan.STEPS_AN_EPOCH * np.arange(1, 1 + len(seeds[0]))
         distance.semilogy(steps, np.transpose(seeds), color=curve.color, lw=0.5)
         mean = np.mean(seeds, axis=0)

@@ -147,6 +147,9 @@ class OptimizerWrapper(SavedOptimizer):
                 one. An empty list is ignored, as in Keras's own optimizers.
             trainable_variables: List of variables. Defaults to those of `build`.
         """
+        engine.uncompiled(self._check_and_apply, grads, trainable_variables)
+
+    def _check_and_apply(self, grads: list, trainable_variables: list | None) -> None:
         if isinstance(grads, (list, tuple)) and len(grads) == 0:
             return
         if trainable_variables is not None:
@@ -356,7 +359,7 @@ def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
 def _scale_by_rows(
     optimizer: keras.optimizers.LossScaleOptimizer, grads: list, variables: list | None
 ) -> None:
-    _loss_scaling.apply(optimizer, grads, variables, [])
+    engine.uncompiled(_loss_scaling.apply, optimizer, grads, variables, [])
 
 
 def _note_compiled(model: keras.Model) -> None:

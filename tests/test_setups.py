@@ -321,3 +321,31 @@ def all_gradients(model, x, y):
     flat = table[x].reshape(len(x), -1)
     error = 2 * (flat @ kernel + bias - y) / len(x)
     return [table_gradient(model, x, y), flat.T @ error, error.sum(axis=0)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="torch only")
+@pytest.mark.parametrize(
+    "name",
+    ["float32", pytest.param("accumulation, float16", marks=pytest.mark.long)],
+)
+def test_torch_compile_keeps_the_row_step(name, monkeypatch):
+    """torch.compile traces the layers; lookups and optimizers run as without it."""
+    import torch
+
+    monkeypatch.setattr("keras_lookahead_lazy._lazy_step.LARGE", ROWS - 1)
+    policy, layer, settings = SETUPS[name]
+    trained = []
+    for jit in (False, True):
+        torch._dynamo.reset()
+        with dtype_policy(policy), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Each step works on all")
+            lazy = LazyOptimizer(keras.optimizers.Adam(0.01, **settings))
+            model = make_looked_up(Lookahead(lazy, k=2), layer, jit)
+            for x, y in zip(*make_batches(5), strict=True):
+                model.train_on_batch(x, y)
+        assert list(lazy.step_forms.values()) == ["rows"]
+        trained.append(model.get_weights())
+    assert torch._dynamo.utils.counters["frames"]["ok"]  # something was compiled
+    for eager, compiled in zip(*trained, strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)

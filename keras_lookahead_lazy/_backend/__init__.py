@@ -312,6 +312,13 @@ class Engine(Protocol):
                 them.
         """
 
+    def uncompiled(self, function: Callable, *arguments: Any) -> Any:
+        """Call a function in a way that `torch.compile` does not trace it.
+
+        torch.compile would trace it again for each value of a counter on the host, and
+        in what it traces, it gives a table a dense gradient.
+        """
+
     def is_recording(self) -> bool:
         """Return whether operations are traced, or work on values passed in."""
 

@@ -281,6 +281,10 @@ def apply(
         optimizer.apply(grads, variables)
 
 
+def uncompiled(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 def is_recording() -> bool:
     is_tracing = isinstance(jnp.zeros(()), jax.core.Tracer)
     return is_tracing or _keras.in_stateless_scope()

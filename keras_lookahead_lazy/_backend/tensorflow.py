@@ -307,6 +307,10 @@ def apply(
     optimizer.apply(grads, variables)
 
 
+def uncompiled(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 def is_recording() -> bool:
     return not tf.executing_eagerly()
 

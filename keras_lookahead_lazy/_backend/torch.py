@@ -17,6 +17,8 @@ from keras_lookahead_lazy._backend.torch_gradient import LookUp, RowGradient
 
 VARIABLES_HOLD_STATE = True
 INTEGERS = "int32"
+# Before torch 2.7, `torch.compile` and `torch.export` look the same from inside.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 # A sync on the host works on chunks of this many rows, which fit into the cache.
 ROWS_PER_ROUND = 4096
 
@@ -28,14 +30,16 @@ def look_up(table: keras.Variable, ids: Any, dtype: str, place: None) -> torch.T
     ids = (ids if torch.is_tensor(ids) else keras.ops.convert_to_tensor(ids)).long()
     ids = torch.where(ids < 0, ids + table.shape[0], ids)
     value = _keras.stored_value(table)
+    has_gradient = torch.is_grad_enabled() and value.requires_grad
     if (
-        torch.compiler.is_compiling()
+        not has_gradient
+        or _is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
-    ):  # these support dense gradients only
+    ):  # these transforms support dense gradients only
         rows = torch.nn.functional.embedding(ids, value)
     else:
-        rows = LookUp.apply(value, ids)
+        rows = uncompiled(LookUp.apply, value, ids)
     return keras.ops.cast(rows, dtype)
 
 
@@ -120,7 +124,6 @@ def find_rows(
     """Return the sampled rows or, on an accelerator, all rows and a mask.
 
     The host would have to know the number of sampled rows, which stalls an accelerator.
-    A compiler needs fixed shapes.
     """
     has_entry = _has_entries(gradient)
     if every_row or not _is_on_host(gradient):
@@ -147,7 +150,7 @@ def _has_entries(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu"
 
 
 def read_rows(variable: keras.Variable, indices: Any) -> torch.Tensor:
@@ -302,6 +305,11 @@ def apply(
 ) -> None:
     """Apply. If torch's optimizers skip an update, they write no variable."""
     optimizer.apply(grads, variables)
+
+
+@torch.compiler.disable
+def uncompiled(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def is_recording() -> bool:

@@ -54,7 +54,9 @@ class RowGradient(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore
 
+    # torch.compile cannot trace what makes a `RowGradient`.
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
@@ -158,6 +160,7 @@ class LookUp(torch.autograd.Function):
         return torch.nn.functional.embedding(ids, table)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(context: Any, gradient: torch.Tensor) -> tuple:
         (ids,) = context.saved_tensors
         ids, values = ids.flatten(), gradient.reshape(-1, *context.shape[1:])
