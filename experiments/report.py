@@ -672,8 +672,9 @@ def draw_gan(records: Sequence[Record]) -> Figure:
     distance, *planes = figure.subplots(1, 1 + len(groups))
     for optimizer, group in groups.items():
         curve = gan.CURVES[optimizer]
-
-        steps = gan.STEPS_AN_EPOCH * np.arange(1, 1 + len(seeds[0]))
+        distances = [[e["distance"] for e in epochs] for epochs in _epochs(group)]
+        seeds = np.array(distances, dtype="float64")
+        steps = gan.STEPS_AN_EPOCH * np.arange(1, 1 + seeds.shape[1])
         distance.semilogy(steps, np.transpose(seeds), color=curve.color, lw=0.5)
         mean = np.mean(seeds, axis=0)
         distance.semilogy(steps, mean, color=curve.color, label=curve.label, lw=2)

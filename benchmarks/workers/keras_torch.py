@@ -50,7 +50,7 @@ def make(name: str, mode: str, problem: Problem) -> _serve.Case:
 
 
 def make_fit(name: str, mode: str, problem: Problem) -> _serve.Case:
-    assert mode == "eager"
+    assert mode in ("eager", "jit")
     if name == "torch SparseAdam":
         return _serve.Case(torch_loop(problem), warm_up=_fit.WARM_UP)
     model = _optimizers.build_model(name, mode, problem)

@@ -57,7 +57,7 @@ class RowGradient(torch.Tensor):
     # torch.compile cannot trace what makes a `RowGradient`.
     @classmethod
     @torch.compiler.disable
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if not kwargs and (result := _by_rows(function, *args)) is not None:
