@@ -349,3 +349,40 @@ def test_torch_compile_keeps_the_row_step(name, monkeypatch):
     assert torch._dynamo.utils.counters["frames"]["ok"]  # something was compiled
     for eager, compiled in zip(*trained, strict=True):
         np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX only")
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_loop_of_your_own_inside_scan(changed):
+    """The step works on rows, unless the loop changes the gradient."""
+    import jax
+
+    x, y = make_distinct(5)
+    mse = keras.losses.MeanSquaredError()
+    trained = []
+    for wrap in (lambda inner: inner, LazyOptimizer):
+        optimizer = wrap(keras.optimizers.Adagrad(0.1))
+        model = make_looked_up(optimizer, {}, True)
+
+        def loss(weights, x, y, model=model):
+            return mse(y, model.stateless_call(weights, [], x)[0])
+
+        def step(state, batch, optimizer=optimizer, loss=loss):
+            weights, variables = state
+            gradients = jax.grad(loss)(weights, *batch)
+            if changed:
+                gradients = [2 * gradient for gradient in gradients]
+            return optimizer.stateless_apply(variables, gradients, weights), None
+
+        state = (
+            [weight.value for weight in model.trainable_variables],
+            [variable.value for variable in optimizer.variables],
+        )
+        (weights, _), _ = jax.jit(lambda *a, step=step: jax.lax.scan(step, *a))(
+            state, (x, y)
+        )
+        trained.append([np.asarray(weight) for weight in weights])
+    (form,) = optimizer.step_forms.values()
+    assert "your own loop changed" in form if changed else form == "rows"
+    for keras_, ours in zip(*trained, strict=True):
+        np.testing.assert_allclose(ours, keras_, rtol=1e-6, atol=1e-7)

@@ -36,8 +36,9 @@ class Rows:
 
 
 OTHER_PARTS = (
-    "the gradient has parts other than lookups: the table is also used in another way, "
-    "or lookups are inside scan, vmap, remat or checkpoint"
+    "the gradient is not only that of lookups: the table is also used in another way, "
+    "your own loop changed the gradient, or lookups are inside scan, vmap, remat or "
+    "checkpoint"
 )
 ONLY_ON_TORCH = (
     "distributed_data_parallel is for torch, and Keras runs on {}. Use "
