@@ -16,7 +16,17 @@ DIVISIONS = {
     "columns": ((2, 4), ("batch", "model"), (None, "model")),
     "rows and columns": ((2, 4), ("batch", "model"), ("batch", "model")),
 }
-COMPARED = ["layer policy", "accumulation", "global_clipnorm"]
+# Set-ups, and arguments of Lookahead.
+COMPARED = {
+    "layer policy": {},
+    "accumulation": {},
+    "global_clipnorm": {
+        "outer_optimizer": {
+            "class_name": "SGD",
+            "config": {"learning_rate": 0.7, "momentum": 0.5, "nesterov": True},
+        }
+    },
+}
 
 
 @pytest.mark.slow
@@ -50,7 +60,7 @@ def train(name):
         model = keras.Model([texts, item], keras.layers.Dense(1)(hidden))
         model.set_weights([rng.normal(size=w.shape) for w in model.weights])
         lazy = LazyOptimizer(keras.optimizers.Adam(0.01, **settings))
-        model.compile(Lookahead(lazy, k=3), "mse")
+        model.compile(Lookahead(lazy, k=3, **COMPARED[name]), "mse")
     count = BATCH * STEPS
     x = rng.integers(0, 4000, (count, 6)), rng.integers(0, 2400, count)
     y = rng.normal(size=(count, 1))
