@@ -113,7 +113,7 @@ def folder(tmp_path_factory):
 
 CASES = [
     *zip(ENGINES, itertools.cycle(["rmsprop", "sgd", "adam"]), strict=False),
-    *((engine, "outer") for engine in ENGINES[:-1] if not SLOW & {*engine}),
+    *((engine, "outer") for engine in ENGINES if not SLOW & {*engine}),
 ]
 
 
@@ -121,7 +121,12 @@ CASES = [
     ("engine", "setting"),
     [
         # Four replicas in a loop wait for each other on two cores.
-        pytest.param(*case, marks=[pytest.mark.long] if {*case[0]} >= LONGEST else [])
+        pytest.param(
+            *case,
+            marks=[pytest.mark.long]
+            if {*case[0]} >= LONGEST or case == (ENGINES[-1], "outer")
+            else [],
+        )
         for case in CASES
     ],
     ids=lambda value: "".join(value),
