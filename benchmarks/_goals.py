@@ -346,12 +346,20 @@ SETUPS: dict[str, tuple[str, str, Sequence[str], float | None]] = {
     "activity": ("float32", "activity", [*PLACES], 2),
     "compiled": ("float32", "plain", ["torch"], 2),
     "mirrored": ("float32", "mirrored", ["graph"], 3),
+    "mirrored-float16": ("mixed_float16", "mirrored", ["graph"], 3),
+    "mirrored-clipping": ("float32", "mirrored-clipping", ["graph"], 3),
     "data-parallel": ("float32", "data-parallel", ["jax"], 3),
     "model-parallel": ("float32", "model-parallel", ["jax"], 3),
     "ema": ("float32", "ema", [*PLACES], None),
     "regularizer": ("float32", "regularizer", [*PLACES], None),
 }
-ON_DEVICES = ("mirrored", "data-parallel", "model-parallel")
+ON_DEVICES = (
+    "mirrored",
+    "mirrored-float16",
+    "mirrored-clipping",
+    "data-parallel",
+    "model-parallel",
+)
 
 
 def _setup_goals(sizes: Sizes) -> Iterator[Goal]:

@@ -65,6 +65,8 @@ SETUPS = tuple(
         ("activity", "`activity_regularizer=L2`"),
         ("compiled", "`jit_compile=True`"),
         ("mirrored", "`MirroredStrategy`, 2 replicas"),
+        ("mirrored-float16", "the same with `mixed_float16`"),
+        ("mirrored-clipping", "`MirroredStrategy` with `global_clipnorm`"),
         ("data-parallel", "`DataParallel`, 2 devices"),
         ("model-parallel", "`ModelParallel`, 2 devices, a table in two halves"),
         ("ema", "`use_ema=True`"),

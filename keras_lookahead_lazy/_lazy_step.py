@@ -111,9 +111,12 @@ class LazyStep(OptimizerWrapper):
             return gradient
         computes, reason = self._uses_whole_gradients(), None
         if self._may_take_rows(table):
-            if engine.takes_rows(gradient) and not computes:
+            # Replicas add up `tf.IndexedSlices`, which Keras clips and scales before.
+            if engine.takes_rows(gradient) and (
+                not computes or engine.num_replicas() > 1
+            ):
                 self._note_form(table, None)
-                return gradient
+                return engine.sum_duplicates(gradient) if computes else gradient
             found = engine.row_gradient(gradient, table.variable)
             if isinstance(found, RowGradient):
                 self._note_form(table, None)
@@ -245,7 +248,9 @@ class LazyStep(OptimizerWrapper):
             for table in tables:
                 table.constraint = table.variable.constraint
                 table.variable.constraint = None
-            give_back = _keras.take_over(inner, self._is_lazy, self._update_table)
+            give_back = _keras.take_over(
+                inner, self._is_lazy, self._update_table, engine.on_values
+            )
             self._set_untracked(_give_back=give_back)
         try:
             yield

@@ -30,7 +30,7 @@ def apply(
     """
     weights = variables or _keras.weights(optimizer)
     with _rows_taken(optimizer, grads, variables) as sums:
-        is_finite = optimizer.check_finite([_entries(gradient) for gradient in sums])
+        is_finite = optimizer.check_finite(sums)
         scale = ops.convert_to_tensor(optimizer.dynamic_scale)
         unscaled = [
             gradient
@@ -56,10 +56,10 @@ def apply(
     optimizer.dynamic_scale.assign(scale * factor)
 
 
-def _entries(gradient: Any) -> Any:
+def entries(gradient: Any) -> Any:
     """Return all entries of a gradient: for `tf.IndexedSlices`, those of every slice.
 
-    Keras would check only one of several slices of a row.
+    Keras would make a table of them, and check only one of several slices of a row.
     """
     values = getattr(gradient, "values", None)
     return gradient if values is None or callable(values) else values

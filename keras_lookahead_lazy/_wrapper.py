@@ -47,7 +47,7 @@ class OptimizerWrapper(SavedOptimizer):
     ) -> None:
         check_backend()
         _keras.note_compiled_models(_note_compiled)
-        _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows)
+        _keras.replace_loss_scaling(_scales_by_rows, _scale_by_rows, _check_finite)
         inner_optimizer = _arguments.get_optimizer(optimizer, type(self))
         # With a callable, the base class creates no variable for a learning rate.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
@@ -349,11 +349,29 @@ class OptimizerWrapper(SavedOptimizer):
             variable.assign(weight)
 
 
-def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
+def _is_around_ours(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
     """Return whether one of this package's optimizers is inside."""
-    inside = chain(optimizer)
-    is_ours = any(isinstance(each, OptimizerWrapper) for each in inside)
-    return is_ours and engine.num_replicas() == 1
+    return any(isinstance(each, OptimizerWrapper) for each in chain(optimizer))
+
+
+def _scales_by_rows(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
+    """Return whether this package makes the steps: with replicas, Keras does."""
+    return _is_around_ours(optimizer) and engine.num_replicas() == 1
+
+
+def _check_finite(
+    check: Callable[[Any, list], Any],
+    optimizer: keras.optimizers.LossScaleOptimizer,
+    gradients: list,
+) -> Any:
+    """Return whether all gradients are finite, on every replica.
+
+    Keras itself asks the first replica, and trains on if another one has overflowed.
+    """
+    if not _is_around_ours(optimizer):
+        return check(optimizer, gradients)
+    entries = [_loss_scaling.entries(gradient) for gradient in gradients]
+    return engine.on_every_replica(check(optimizer, entries))
 
 
 def _scale_by_rows(

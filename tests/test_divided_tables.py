@@ -1,5 +1,7 @@
 """Tables that ModelParallel divides train as they do on one device, in every set-up."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ DIVISIONS = {
     "rows and columns": ((2, 4), ("batch", "model"), ("batch", "model")),
 }
 # Set-ups, and arguments of Lookahead.
-COMPARED = {
+COMPARED: dict[str, dict[str, Any]] = {
     "layer policy": {},
     "accumulation": {},
     "global_clipnorm": {

@@ -2,13 +2,22 @@
 
 import contextlib
 import itertools
+import sys
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree, dtype_policy, numpy, tensor
+from harness import (
+    BACKEND,
+    assert_agree,
+    assert_same_bits,
+    dtype_policy,
+    numpy,
+    run_python,
+    tensor,
+)
 from whole_tables import whole_results
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
@@ -386,3 +395,87 @@ def test_a_loop_of_your_own_inside_scan(changed):
     assert "your own loop changed" in form if changed else form == "rows"
     for keras_, ours in zip(*trained, strict=True):
         np.testing.assert_allclose(ours, keras_, rtol=1e-6, atol=1e-7)
+
+
+# Keras refuses gradient accumulation in a compiled step, and bfloat16 tables.
+ON_REPLICAS = [
+    name for name in SETUPS if "accumulation" not in name and name != "bfloat16 table"
+]
+
+
+def two_replicas():
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    half = tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpu, [half, half])
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def replicas_train_as_keras():
+    """With two replicas, each set-up works on rows and trains as Keras does."""
+    import tensorflow as tf
+    from traffic import operations
+
+    strategy = two_replicas()
+    x, y = make_distinct(10)  # pairs of batches: one for each replica
+
+    def train(wrap, name):
+        policy, layer, settings = SETUPS[name]
+        with strategy.scope(), dtype_policy(policy):
+            model = make_looked_up(
+                wrap(keras.optimizers.SGD(0.1, **settings)), layer, False
+            )
+
+        @tf.function(autograph=False)
+        def step(*parts):
+            strategy.run(model.train_step, args=(parts,))
+
+        def shares(pair):
+            return strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(pair[context.replica_id_in_sync_group])
+            )
+
+        for i in range(0, len(x), 2):
+            step(shares(x[i : i + 2]), shares(y[i : i + 2]))
+        graph = step.get_concrete_function(shares(x[:2]), shares(y[:2])).graph
+        found = {
+            op.type
+            for op in operations(graph, set())
+            for output in op.outputs
+            if output.shape.rank and output.shape[0] == ROWS
+        }
+        return model, found
+
+    for name in ON_REPLICAS:
+        model, found = train(LazyOptimizer, name)
+        assert not found, (name, found)
+        assert list(lazy_of(model.optimizer).step_forms.values()) == ["rows"], name
+        if name in COMPARED:
+            expected, _ = train(lambda inner: inner, name)
+            theirs = numpy(expected.trainable_variables)
+            assert_agree(numpy(model.trainable_variables), theirs, 1e-6)
+
+
+def all_replicas_skip_a_step():
+    """Even if only the gradients of the last one are not finite."""
+    with two_replicas().scope(), dtype_policy("mixed_float16"):
+        lazy = LazyOptimizer(keras.optimizers.Adam(0.1))
+        model = make_looked_up(Lookahead(lazy, k=2), {}, False)
+    (x, more), (y, _) = make_batches(2)
+    x, y = np.concatenate([x, more]), np.concatenate([y, np.full_like(y, 1e30)])
+    before = numpy([*model.weights, *lazy.variables])
+    model.fit(x, y, batch_size=len(x), shuffle=False, verbose=0)
+    assert_same_bits(numpy([*model.weights, *lazy.variables]), before)
+    assert float(numpy([model.optimizer.dynamic_scale])[0]) == 2**14  # of 2**15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.parametrize("program", [replicas_train_as_keras, all_replicas_skip_a_step])
+def test_replicas(program):
+    run_python(__file__, program.__name__, one_backend=True)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()

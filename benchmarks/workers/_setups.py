@@ -65,6 +65,9 @@ SETUPS = {
     "regularizer": Setup(layer={"embeddings_regularizer": keras.regularizers.L2(1e-4)}),
     "ema": Setup(optimizer={"use_ema": True}),
     "mirrored": Setup(distribution=mirrored),
+    "mirrored-clipping": Setup(
+        optimizer={"global_clipnorm": 1.0}, distribution=mirrored
+    ),
     "data-parallel": Setup(distribution=data_parallel),
     "model-parallel": Setup(distribution=model_parallel),
 }

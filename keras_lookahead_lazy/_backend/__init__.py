@@ -161,6 +161,9 @@ class Engine(Protocol):
     def sum_duplicates(self, gradient: Any) -> Any:
         """Return a gradient with the duplicates of each row summed."""
 
+    def on_values(self, function: Callable[[list], list], gradients: list) -> list:
+        """Call a function of gradients on the values of those that are slices."""
+
     # Rows of a table, and of what is kept for it
 
     def replica(self, variable: Any, like: Any) -> Any:
@@ -230,6 +233,9 @@ class Engine(Protocol):
 
     def num_replicas(self) -> int:
         """Return how many replicas run a step, each with a part of the gradients."""
+
+    def on_every_replica(self, predicate: Any) -> Any:
+        """Return whether a predicate is true on each of the replicas of a step."""
 
     def read_count(self, variable: Any) -> Any:
         """Return the value of a counter without waiting for an accelerator."""

@@ -26,6 +26,9 @@ from keras_lookahead_lazy._backend.tensorflow_replicas import (
 from keras_lookahead_lazy._backend.tensorflow_replicas import (
     num_replicas as num_replicas,
 )
+from keras_lookahead_lazy._backend.tensorflow_replicas import (
+    on_every_replica as on_every_replica,
+)
 from keras_lookahead_lazy._backend.tensorflow_replicas import read_rows as read_rows
 from keras_lookahead_lazy._backend.tensorflow_replicas import replica as replica
 from keras_lookahead_lazy._backend.tensorflow_replicas import run_if as run_if
@@ -66,11 +69,8 @@ def takes_rows(gradient: Any) -> bool:
 
 
 def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
-    """Return row gradients for one replica. Several replicas add up gradients as is."""
     if not isinstance(gradient, tf.IndexedSlices):
         return OTHER_PARTS
-    if num_replicas() > 1:
-        return "replicas add up clipped or scaled gradients as a whole"
     if in_xla():
         if _is_small(table, gradient):
             return FEW_ROWS
@@ -122,6 +122,10 @@ def for_keras(gradient: Any) -> Any:
 def sum_duplicates(gradient: Any) -> Any:
     keeps_length = in_xla() or num_replicas() > 1
     return tensorflow_rows.sum_duplicates(gradient, keeps_length)
+
+
+def on_values(function: Callable, gradients: list) -> list:
+    return tensorflow_rows.on_values(function, gradients)
 
 
 # Rows of a table

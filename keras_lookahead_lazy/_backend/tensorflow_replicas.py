@@ -16,6 +16,14 @@ def num_replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def on_every_replica(predicate: tf.Tensor) -> tf.Tensor:
+    context = tf.distribute.get_replica_context()
+    if num_replicas() == 1 or context is None:
+        return predicate
+    others = tf.cast(tf.logical_not(predicate), "float32")
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, others) == 0
+
+
 def own_component(variable: tf.Variable) -> tf.Variable:
     """Return the replica of a variable for the replica that runs this.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -102,6 +103,21 @@ class _Slices(tf.IndexedSlices):
 
     def __truediv__(self, divisor: Any) -> _Slices:
         return _Slices(self.values / divisor, self.indices, self.dense_shape)
+
+
+def on_values(function: Callable[[list], list], gradients: list) -> list:
+    """Call a function of gradients on the values of those that are slices."""
+    is_slices = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
+    values = function(
+        [
+            gradient.values if each else gradient
+            for gradient, each in zip(gradients, is_slices, strict=True)
+        ]
+    )
+    return [
+        _Slices(value, gradient.indices, gradient.dense_shape) if each else value
+        for value, gradient, each in zip(values, gradients, is_slices, strict=True)
+    ]
 
 
 def without_idle_rows(gradient: tf.Tensor, *others: tf.Tensor) -> tuple:

@@ -110,6 +110,10 @@ def for_keras(gradient: torch.Tensor) -> torch.Tensor:
 sum_duplicates = for_keras
 
 
+def on_values(function: Callable, gradients: list) -> list:
+    return function(gradients)
+
+
 # Rows of a table
 
 
@@ -219,6 +223,10 @@ def layout_like(variable: keras.Variable, axes: int) -> None:
 def num_replicas() -> int:
     """Return one, because each process has its own replica."""
     return 1
+
+
+def on_every_replica(predicate: Any) -> Any:
+    return predicate
 
 
 def read_count(variable: Any) -> int:

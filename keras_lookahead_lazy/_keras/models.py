@@ -133,9 +133,13 @@ def note_compiled_models(note: Callable[[keras.Model], None]) -> None:
 
 
 def replace_loss_scaling(
-    is_by_rows: Callable[[Any], bool], apply_by_rows: Callable[..., None]
+    is_by_rows: Callable[[Any], bool],
+    apply_by_rows: Callable[..., None],
+    check_entries: Callable[[Callable, Any, list], Any],
 ) -> None:
     """Let `apply_by_rows` make the steps of a LossScaleOptimizer if `is_by_rows`.
+
+    `check_entries` gets Keras's own check for finite values, and calls it.
 
     In `compile`, Keras itself puts a LossScaleOptimizer around the user's optimizer.
     """
@@ -165,8 +169,15 @@ def replace_loss_scaling(
 
         return stateless_apply_scaled
 
+    def checking(check_finite: Any) -> Any:
+        def check(self: Any, grads: list) -> Any:
+            return check_entries(check_finite, self, grads)
+
+        return check
+
     scaling = keras.optimizers.LossScaleOptimizer
     replace_method(scaling, "apply", by_rows)
+    replace_method(scaling, "check_finite", checking)
     replace_method(scaling, "stateless_apply", stateless_by_rows)
 
 

@@ -36,6 +36,7 @@ def take_over(
     optimizer: keras.Optimizer,
     is_taken: Callable[[Any], bool],
     update: Callable[[Any, Any, Any], None],
+    on_values: Callable[[Callable, list], list],
 ) -> Callable[[], None]:
     """Replace an optimizer's `update_step` by `update` for some weights.
 
@@ -45,11 +46,14 @@ def take_over(
     Args:
         is_taken: Returns whether a weight (on TensorFlow, its replica) is one of them.
         update: Function of gradient, weight and learning rate.
+        on_values: Calls a function of gradients. Keras clips what it passes on, because
+            it would itself make `tf.IndexedSlices` dense to compute a global norm.
 
     Returns:
         A function that gives the optimizer its own methods back.
     """
     update_step, decay_weights = optimizer.update_step, optimizer._apply_weight_decay
+    clip_gradients = optimizer._clip_gradients
 
     def update_weight(gradient: Any, variable: Any, learning_rate: Any) -> None:
         step = update if is_taken(variable) else update_step
@@ -60,14 +64,18 @@ def take_over(
         if others:
             decay_weights(others)
 
-    update_weight._is_ours = True  # type: ignore[attr-defined]
-    decay_others._is_ours = True  # type: ignore[attr-defined]
+    def clip(grads: list) -> list:
+        return on_values(clip_gradients, grads)
+
     methods: dict[str, Any] = {
         "update_step": update_weight,
         "_apply_weight_decay": decay_others,
+        "_clip_gradients": clip,
     }
     if hasattr(optimizer, "_parallel_update_step"):
         methods["_backend_update_step"] = _partly_parallel_update(optimizer, is_taken)
+    for method in methods.values():
+        method._is_ours = True
     attributes = vars(optimizer)
     before = {name: attributes[name] for name in methods.keys() & attributes.keys()}
     attributes.update(methods)
@@ -106,7 +114,6 @@ def _partly_parallel_update(
         for gradient, variable in taken:
             optimizer.update_step(gradient, variable, learning_rate)
 
-    update._is_ours = True  # type: ignore[attr-defined]
     return update
 
 
