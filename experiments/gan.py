@@ -3,9 +3,8 @@
 The generator has to learn eight narrow bells on a circle, a test on which a GAN often
 turns from bell to bell or finds only some of them (Metz et al., "Unrolled Generative
 Adversarial Networks", arXiv:1611.02163). Lookahead on both players is from Chavdarova
-et al., "Taming GANs with Lookahead-Minmax", arXiv:2006.14567. `tune` trains every
-optimizer at every learning rate, from one seed; `compare` trains it from other seeds at
-its best rate. It runs on JAX.
+et al., "Taming GANs with Lookahead-Minmax", arXiv:2006.14567. Each optimizer trains at
+each learning rate from each seed. It runs on JAX.
 """
 
 import argparse
@@ -18,10 +17,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from examples.common.options import add_optimizers
+from examples.common.options import add_optimizers, positive_float
 from examples.common.plots import BLACK, BLUE, SKY, Curve
 from examples.common.sources import Data
-from experiments import _tuning
 from experiments._runs import Settings, add_run_options, run_all
 from keras_lookahead_lazy import Lookahead
 
@@ -205,13 +203,19 @@ def load() -> Data:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("gan", description=__doc__)
-    _tuning.add_parts(parser, RATES)
     add_optimizers(parser, SETTINGS)
-    add_run_options(parser, seeds=list(range(1, 9)))
+    parser.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        default=RATES,
+        metavar="RATE",
+        help="(default: %(default)s)",
+    )
+    add_run_options(parser, seeds=list(range(9)))
     options = parser.parse_args(arguments)
-
-    def run(optimizer: str, rate: float, seed: int) -> tuple[str, Settings]:
-        return f"{optimizer}-rate{rate:g}-seed{seed}", {
+    runs = {
+        f"{optimizer}-rate{rate:g}-seed{seed}": {
             "optimizer": optimizer,
             "k": SETTINGS[optimizer].k,
             "learning_rate": rate,
@@ -220,11 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "steps_an_epoch": STEPS_AN_EPOCH,
             "epochs": options.epochs or EPOCHS,
         }
-
-    def loss_of(results: dict[str, Any]) -> float | None:
-        return results["distance"]
-
-    runs = _tuning.runs_of_part(parser, options, run, loss_of)
+        for rate in options.learning_rates
+        for seed in options.seeds
+        for optimizer in options.optimizers
+    }
     return run_all("gan", runs, load, measure, options.output, options.jobs)
 
 

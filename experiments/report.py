@@ -631,38 +631,24 @@ def _outer_groups(model: str, records: Sequence[Record]) -> dict[str, list[Recor
 
 
 def gan_table(records: Sequence[Record]) -> Table:
-    """Each optimizer at its best rate, from seeds that took no part in the sweep."""
-    table = [
-        [
-            "optimizer of both players",
-            "learning rate",
-            "energy distance",
-            "each seed",
-            "above Adam, same seeds",
-            "bells found",
-        ]
-    ]
-    groups = _gan_groups(records)
-    adam = _by_seed(groups["adam"], "distance")
-    for optimizer, group in groups.items():
-        distances = _by_seed(group, "distance")
-        above = _differences(distances, adam) if optimizer != "adam" else []
-        table.append(
-            [
-                gan.CURVES[optimizer].label,
-                f"{group[0]['settings']['learning_rate']:g}",
-                _interval(list(distances.values()), 4),
-                ", ".join(f"{value:.4f}" for value in distances.values()),
-                _interval(above, 4, "+") if above else "",
-                f"{statistics.mean(_by_seed(group, 'bells').values()):.1f}",
-            ]
-        )
+    """The distance at the end of training and the bells found, at each rate."""
+    rates = sorted({record["settings"]["learning_rate"] for record in records})
+    table = [["optimizer of both players", *(f"{rate:g}" for rate in rates)]]
+    for optimizer, group in _group(records, "optimizer", gan.CURVES).items():
+        by_rate = _group(group, "learning_rate", rates)
+        cells = [_distance_and_bells(by_rate.get(rate, [])) for rate in rates]
+        table.append([gan.CURVES[optimizer].label, *cells])
     return table
 
 
-def gan_rates_table(records: Sequence[Record]) -> Table:
-    """The mean distance in the second half of each run of the sweep."""
-    return _rates_table(records, gan.CURVES, "distance")
+def _distance_and_bells(group: Sequence[Record]) -> str:
+    if not group:
+        return ""
+    distances = [record["results"]["distance"] for record in group]
+    if None in distances:
+        return "diverged"
+    bells = statistics.mean(record["results"]["bells"] for record in group)
+    return f"{_interval(distances, 3)}, {bells:.1f} bells"
 
 
 def draw_gan(records: Sequence[Record]) -> Figure:
@@ -689,11 +675,18 @@ def draw_gan(records: Sequence[Record]) -> Figure:
 
 
 def _gan_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
-    groups = _at_best_rates(records, gan.CURVES, lambda results: results["distance"])
+    """The runs of each optimizer at the rate of the lowest mean distance."""
+
+    def mean_distance(group: Sequence[Record]) -> float:
+        distances = [record["results"]["distance"] for record in group]
+        return math.inf if None in distances else statistics.mean(distances)
+
+    rates = sorted({record["settings"]["learning_rate"] for record in records})
     return {
-        optimizer: compared
-        for optimizer, group in groups.items()
-        if (compared := [r for r in group if r["settings"]["seed"] != _tuning.SEED])
+        optimizer: min(
+            _group(group, "learning_rate", rates).values(), key=mean_distance
+        )
+        for optimizer, group in _group(records, "optimizer", gan.CURVES).items()
     }
 
 
@@ -1167,7 +1160,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "outer-rates-6m": ("outer", partial(outer_rates_table, "gpt-6m")),
     "outer-rates-lstm": ("outer", partial(outer_rates_table, "lstm")),
     "gan": ("gan", gan_table),
-    "gan-rates": ("gan", gan_rates_table),
     "large-table": ("large_table", large_table_table),
     "large-table-rates": ("large_table", large_table_rates_table),
     "ncf": ("ncf", ncf_table),

@@ -52,6 +52,8 @@ class OptimizerWrapper(SavedOptimizer):
         # With a callable, the base class creates no variable for a learning rate.
         super().__init__(learning_rate=lambda: self._inner.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
+        scaling = keras.optimizers.LossScaleOptimizer
+        _scaling_inside.update(o for o in chain(self._inner) if isinstance(o, scaling))
         if (inside := self._wrapper_inside()) is not None:
             inside.__dict__["_around"] = weakref.ref(self)
 
@@ -349,6 +351,10 @@ class OptimizerWrapper(SavedOptimizer):
             variable.assign(weight)
 
 
+# LossScaleOptimizers inside of this package's optimizers.
+_scaling_inside: weakref.WeakSet[keras.Optimizer] = weakref.WeakSet()
+
+
 def _is_around_ours(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
     """Return whether one of this package's optimizers is inside."""
     return any(isinstance(each, OptimizerWrapper) for each in chain(optimizer))
@@ -368,7 +374,7 @@ def _check_finite(
 
     Keras itself asks the first replica, and trains on if another one has overflowed.
     """
-    if not _is_around_ours(optimizer):
+    if not _is_around_ours(optimizer) and optimizer not in _scaling_inside:
         return check(optimizer, gradients)
     entries = [_loss_scaling.entries(gradient) for gradient in gradients]
     return engine.on_every_replica(check(optimizer, entries))

@@ -75,6 +75,7 @@ def test_every_class_is_what_it_was():
     assert replaced.split() == [
         "Embedding.call",
         "LossScaleOptimizer.apply",
+        "LossScaleOptimizer.check_finite",
         "LossScaleOptimizer.stateless_apply",
         "Trainer.compile",
     ]

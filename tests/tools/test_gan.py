@@ -92,10 +92,12 @@ def test_tables():
         record("lookahead-5", 0.1, 1, 0.1),
         record("lookahead-5", 0.1, 2, 0.3),
     ]
-    _, adam, ours = report.gan_table(records)
-    assert adam[1:5] == ["0.2", "0.6000 ± 1.2706", "0.5000, 0.7000", ""]
-    assert ours[1] == "0.1"
-    assert ours[4] == "-0.4000 ± 0.0000"
-    heading, _, ours = report.gan_rates_table(records)
+    heading, adam, ours = report.gan_table(records)
     assert heading[1:] == ["0.1", "0.2"]
-    assert ours[1:] == ["0.2000", "diverged"]
+    assert adam[1:] == ["0.500, 8.0 bells", "0.533 ± 0.379, 8.0 bells"]
+    assert ours[1:] == ["0.200 ± 0.248, 8.0 bells", "diverged"]
+    groups = report._gan_groups(records)
+    assert [group[0]["settings"]["learning_rate"] for group in groups.values()] == [
+        0.1,
+        0.1,
+    ]
