@@ -27,7 +27,7 @@ BELLS, RADIUS, SPREAD = 8, 2.0, 0.05
 NOISE, UNITS, BATCH_SIZE = 16, 128, 256
 EPOCHS, STEPS_AN_EPOCH = 20, 1_000
 POINTS = 2_000  # that an evaluation draws
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True)

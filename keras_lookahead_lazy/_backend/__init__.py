@@ -162,7 +162,7 @@ class Engine(Protocol):
         """Return a gradient with the duplicates of each row summed."""
 
     def on_values(self, function: Callable[[list], list], gradients: list) -> list:
-        """Call a function of gradients on the values of those that are slices."""
+        """Call a function of gradients on the values of those from `sum_duplicates`."""
 
     # Rows of a table, and of what is kept for it
 

@@ -106,8 +106,8 @@ class _Slices(tf.IndexedSlices):
 
 
 def on_values(function: Callable[[list], list], gradients: list) -> list:
-    """Call a function of gradients on the values of those that are slices."""
-    is_slices = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
+    """Call a function of gradients on the values of those from `sum_duplicates`."""
+    is_slices = [isinstance(gradient, _Slices) for gradient in gradients]
     values = function(
         [
             gradient.values if each else gradient
