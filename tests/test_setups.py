@@ -397,6 +397,28 @@ def test_a_loop_of_your_own_inside_scan(changed):
         np.testing.assert_allclose(ours, keras_, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="torch only")
+def test_torch_compile_of_lookahead_compiles_the_inner_step():
+    """Once, not for each count of a cycle."""
+    import torch
+
+    trained, compiled = [], []
+    for jit in (False, True):
+        torch._dynamo.reset()
+        lookahead = Lookahead(keras.optimizers.Adam(0.01), k=3)
+        model = make_looked_up(lookahead, {}, jit)
+        for x, y in zip(*make_batches(7), strict=True):
+            model.train_on_batch(x, y)
+            compiled.append(torch._dynamo.utils.counters["frames"]["ok"])
+        trained.append(model.get_weights())
+    first, second, *others = compiled[7:]
+    assert first
+    assert set(others) == {second}
+    for eager, ours in zip(*trained, strict=True):
+        np.testing.assert_allclose(ours, eager, rtol=1e-5, atol=1e-6)
+
+
 # Keras refuses gradient accumulation in a compiled step, and bfloat16 tables.
 ON_REPLICAS = [
     name for name in SETUPS if "accumulation" not in name and name != "bfloat16 table"

@@ -323,7 +323,8 @@ class Engine(Protocol):
         """Call a function in a way that `torch.compile` does not trace it.
 
         torch.compile would trace it again for each value of a counter on the host, and
-        in what it traces, it gives a table a dense gradient.
+        in what it traces, it gives a table a dense gradient. The steps of Keras's own
+        optimizers inside are compiled by themselves.
         """
 
     def is_recording(self) -> bool:

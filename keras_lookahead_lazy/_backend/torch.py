@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -312,12 +314,34 @@ def apply(
     assigned: list[keras.Variable],
 ) -> None:
     """Apply. If torch's optimizers skip an update, they write no variable."""
-    optimizer.apply(grads, variables)
+    is_own = type(optimizer).apply is keras.Optimizer.apply
+    if _compiles.get() and is_own and not _keras.is_taken_over(optimizer):
+        _compiled_apply()(optimizer, grads, variables)
+    else:
+        optimizer.apply(grads, variables)
+
+
+# Whether `uncompiled` was called in a function that torch.compile traces.
+_compiles: ContextVar[bool] = ContextVar("compiles", default=False)
+
+
+@functools.cache
+def _compiled_apply() -> Callable[..., None]:
+    """Return a function that lets torch.compile trace the step of an optimizer."""
+    return torch.compile(lambda optimizer, *arguments: optimizer.apply(*arguments))
+
+
+def uncompiled(function: Callable, *arguments: Any) -> Any:
+    return _uncompiled(torch.compiler.is_compiling(), function, *arguments)
 
 
 @torch.compiler.disable
-def uncompiled(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
+def _uncompiled(compiles: bool, function: Callable, *arguments: Any) -> Any:
+    token = _compiles.set(compiles or _compiles.get())
+    try:
+        return function(*arguments)
+    finally:
+        _compiles.reset(token)
 
 
 def is_recording() -> bool:
