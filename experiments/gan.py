@@ -185,11 +185,12 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
         epochs.append(measured)
         print(f"{name}  {measured}", flush=True)
     half = epochs[len(epochs) // 2 :]
+    shown = points[:300].astype("float64").round(2).tolist()  # in the picture
     distance = float(np.mean([each["distance"] for each in half]))
     return {
         "distance": distance if np.isfinite(distance) else None,
         "bells": float(np.mean([each["bells"] for each in half])),
-        "points": points[:500].tolist(),
+        **({"points": shown} if settings["seed"] == 0 else {}),
         "epochs": epochs,
     }
 
