@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from examples.common.options import positive_float
+from examples.common.options import add_learning_rates
 from examples.common.sources import DataError
 from experiments._runs import Record, Settings, read
 
@@ -20,14 +20,7 @@ def add_parts(parser: argparse.ArgumentParser, rates: Sequence[float]) -> None:
         "tune: every rate, from seed 0; compare: every seed, at the best of the rates"
     )
     parser.add_argument("part", choices=PARTS, help=text)
-    parser.add_argument(
-        "--learning-rates",
-        type=positive_float,
-        nargs="+",
-        default=rates,
-        metavar="RATE",
-        help="(default: %(default)s)",
-    )
+    add_learning_rates(parser, rates)
 
 
 def runs_of_part(

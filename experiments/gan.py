@@ -10,14 +10,13 @@ each learning rate from each seed. It runs on JAX.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, ops
 
-from examples.common.options import add_optimizers, positive_float
+from examples.common.options import add_learning_rates, add_optimizers
 from examples.common.plots import BLACK, BLUE, SKY, Curve
 from examples.common.sources import Data
 from experiments._runs import Settings, add_run_options, run_all
@@ -30,14 +29,8 @@ POINTS = 2_000  # that an evaluation draws
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What stands around Adam: a Lookahead with this k, or nothing."""
-
-    k: int | None = None
-
-
-SETTINGS = {"adam": Setting(), "lookahead-5": Setting(5), "lookahead-50": Setting(50)}
+# What stands around each player's Adam: a Lookahead with this k, or nothing.
+KS = {"adam": None, "lookahead-5": 5, "lookahead-50": 50}
 CURVES = {
     "adam": Curve("Adam", BLACK),
     "lookahead-5": Curve("Lookahead(Adam) on both players, k 5", BLUE),
@@ -47,7 +40,7 @@ CURVES = {
 
 def build_optimizer(name: str, learning_rate: float) -> keras.Optimizer:
     """Build a player's optimizer."""
-    k = SETTINGS[name].k
+    k = KS[name]
     adam = keras.optimizers.Adam(learning_rate, beta_1=0.5)
     return adam if k is None else Lookahead(adam, k=k, alpha=0.5)
 
@@ -204,21 +197,14 @@ def load() -> Data:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("gan", description=__doc__)
-    add_optimizers(parser, SETTINGS)
-    parser.add_argument(
-        "--learning-rates",
-        type=positive_float,
-        nargs="+",
-        default=RATES,
-        metavar="RATE",
-        help="(default: %(default)s)",
-    )
+    add_optimizers(parser, KS)
+    add_learning_rates(parser, RATES)
     add_run_options(parser, seeds=list(range(9)))
     options = parser.parse_args(arguments)
     runs = {
         f"{optimizer}-rate{rate:g}-seed{seed}": {
             "optimizer": optimizer,
-            "k": SETTINGS[optimizer].k,
+            "k": KS[optimizer],
             "learning_rate": rate,
             "seed": seed,
             "batch_size": BATCH_SIZE,

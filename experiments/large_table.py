@@ -13,6 +13,7 @@ import numpy as np
 from examples.common import imdb as reviews
 from examples.common.comparison import EpochTimer, add_trained_seconds, epochs_of
 from examples.common.options import (
+    add_learning_rates,
     add_optimizers,
     add_size,
     positive_float,
@@ -95,14 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("large_table", description=__doc__)
     add_optimizers(parser, CURVES)
-    parser.add_argument(
-        "--learning-rates",
-        type=positive_float,
-        nargs="+",
-        default=[1e-2],
-        metavar="RATE",
-        help="(default: %(default)s)",
-    )
+    add_learning_rates(parser, [1e-2])
     parser.add_argument(
         "--batch-size",
         type=positive_int,

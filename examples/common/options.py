@@ -59,6 +59,20 @@ def add_size(
     parser.add_argument(option, type=size, default=default, metavar="N", help=text)
 
 
+def add_learning_rates(
+    parser: argparse.ArgumentParser, default: Sequence[float]
+) -> None:
+    """Add what chooses learning rates."""
+    parser.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        default=default,
+        metavar="RATE",
+        help="(default: %(default)s)",
+    )
+
+
 def add_samples(parser: argparse.ArgumentParser) -> None:
     """Add what says on how many samples is trained and tested."""
     for part in ("train", "test"):

@@ -34,6 +34,7 @@ from keras_lookahead_lazy._backend.tensorflow_replicas import replica as replica
 from keras_lookahead_lazy._backend.tensorflow_replicas import run_if as run_if
 from keras_lookahead_lazy._backend.tensorflow_replicas import write_rows as write_rows
 from keras_lookahead_lazy._backend.tensorflow_rows import in_xla
+from keras_lookahead_lazy._backend.tensorflow_rows import on_values as on_values
 from keras_lookahead_lazy._backend.tensorflow_sync import update_rows as update_rows
 
 VARIABLES_HOLD_STATE = True
@@ -122,10 +123,6 @@ def for_keras(gradient: Any) -> Any:
 def sum_duplicates(gradient: Any) -> Any:
     keeps_length = in_xla() or num_replicas() > 1
     return tensorflow_rows.sum_duplicates(gradient, keeps_length)
-
-
-def on_values(function: Callable, gradients: list) -> list:
-    return tensorflow_rows.on_values(function, gradients)
 
 
 # Rows of a table

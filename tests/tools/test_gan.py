@@ -29,10 +29,10 @@ def test_real_points_are_found_in_all_bells_and_are_close():
 
 
 def test_optimizers_sync_where_they_are_evaluated():
-    for name, setting in gan.SETTINGS.items():
+    for name, k in gan.KS.items():
         built = gan.build_optimizer(name, 0.1)
-        assert isinstance(built, Lookahead) == (setting.k is not None)
-        assert not setting.k or gan.STEPS_AN_EPOCH % setting.k == 0
+        assert isinstance(built, Lookahead) == (k is not None)
+        assert not k or gan.STEPS_AN_EPOCH % k == 0
 
 
 @pytest.mark.skipif(
