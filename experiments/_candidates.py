@@ -9,14 +9,17 @@ number for each weight, of which one for each row would do. None is part of the 
 * `MissedDecayAdamW` decays the weights by the steps that a row missed, as FBGEMM can.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from examples.common.plots import SKY, Curve
+from examples.common.options import positive_float
+from examples.common.plots import GREEN, SKY, Curve
 from experiments._optimizers import build_optimizer
+from experiments._runs import Settings
 from keras_lookahead_lazy import LazyOptimizer, _decay_rates
 
 
@@ -110,18 +113,51 @@ class MissedDecayAdamW(_RowClock, keras.optimizers.AdamW):
 for _candidate in (CorrectedAdam, ReplayAdam, MissedDecayAdamW):
     _decay_rates._RATES[_candidate] = _decay_rates._RATES[keras.optimizers.Adam]
 
-INNER: dict[str, Callable[[float], keras.optimizers.Optimizer]] = {
+INNER: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "lazy-corrected": CorrectedAdam,
     "lazy-replay": ReplayAdam,
+    "lazy-adamw": keras.optimizers.AdamW,
+    "lazy-missed-decay": MissedDecayAdamW,
 }
 CURVES = {
     "lazy-corrected": Curve("freeze, bias corrected by row", SKY),
     "lazy-replay": Curve("replay of missed steps", SKY, dashed=True),
+    "lazy-adamw": Curve("freeze, AdamW", GREEN),
+    "lazy-missed-decay": Curve("freeze, AdamW, missed decay", GREEN, dashed=True),
 }
+DECAYING = ("lazy-adamw", "lazy-missed-decay")
 
 
-def build(name: str, learning_rate: float) -> keras.optimizers.Optimizer:
-    """Build one of `CURVES`, or another that `build_optimizer` knows."""
-    if name in INNER:
-        return LazyOptimizer(INNER[name](learning_rate), moments="freeze")
-    return build_optimizer(name, learning_rate)
+def build(settings: Settings, **adam: Any) -> keras.optimizers.Optimizer:
+    """Build one of `CURVES`, or another that `build_optimizer` knows.
+
+    Args:
+        settings: of a run.
+        adam: further arguments of Adam.
+    """
+    name = settings["optimizer"]
+    kept = {"learning_rate", "weight_decay"} & set(settings)
+    adam |= {argument: settings[argument] for argument in kept}
+    if name not in INNER:
+        return build_optimizer(name, **adam)
+    return LazyOptimizer(INNER[name](**adam), moments="freeze")
+
+
+def add_weight_decay(parser: argparse.ArgumentParser) -> None:
+    """Add the weight decay of the optimizers that have one."""
+    parser.add_argument(
+        "--weight-decay",
+        type=positive_float,
+        metavar="RATE",
+        help=f"of {' and '.join(DECAYING)}; needed for them",
+    )
+
+
+def weight_decay(parser: argparse.ArgumentParser, options: Any) -> tuple[str, Settings]:
+    """The end of a run's name, and its settings, if there is a weight decay."""
+    is_given = options.weight_decay is not None
+    if {optimizer in DECAYING for optimizer in options.optimizers} != {is_given}:
+        parser.error(f"--weight-decay is for {' and '.join(DECAYING)}, which need it")
+    if not is_given:
+        return "", {}
+    return f"-decay{options.weight_decay:g}", {"weight_decay": options.weight_decay}

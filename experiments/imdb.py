@@ -18,11 +18,12 @@ from examples.common.comparison import EpochTimer, epochs_of
 from examples.common.options import add_optimizers
 from examples.common.sources import Data
 from examples.imdb_lazy import __main__ as imdb_lazy
-from experiments._optimizers import build_optimizer
+from experiments import _candidates
 from experiments._runs import Progress, Settings, add_options, copy_of, run_all
 from keras_lookahead_lazy import SlowWeights
 
 EPOCHS, BATCH_SIZE = 8, 32
+CURVES = {**imdb_lazy.CURVES, **_candidates.CURVES}
 # A step in so many is measured; coprime with k, so that syncs are seen as often as
 # other steps.
 PROBE_EVERY = 7
@@ -108,7 +109,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     """Train once; return what each epoch measured, with Lookahead on both weights."""
     model = imdb_lazy.build_model(tokens=data.x_train.shape[1])
     model.compile(
-        optimizer=build_optimizer(settings["optimizer"]),
+        optimizer=_candidates.build(settings),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
@@ -138,16 +139,19 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("imdb", description=__doc__)
-    add_optimizers(parser, imdb_lazy.CURVES)
+    add_optimizers(parser, CURVES, list(imdb_lazy.CURVES))
+    _candidates.add_weight_decay(parser)
     add_options(parser, seeds=[0, 1, 2], data="keras, or a path of an imdb.npz")
     options = parser.parse_args(arguments)
+    end, decay = _candidates.weight_decay(parser, options)
     runs: dict[str, Settings] = {
-        f"{optimizer}-seed{seed}": {
+        f"{optimizer}{end}-seed{seed}": {
             "optimizer": optimizer,
             "seed": seed,
             "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
+            **decay,
         }
         for seed in options.seeds
         for optimizer in options.optimizers

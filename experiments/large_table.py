@@ -22,14 +22,19 @@ from examples.common.options import (
 from examples.common.plots import GREY, Curve
 from examples.common.sources import Data
 from examples.large_table import __main__ as example
-from experiments._optimizers import build_optimizer
+from experiments import _candidates
 from experiments._runs import Progress, Settings, add_options, run_all
 
 ROWS, WIDTH = 2**21, 16
 TOKENS, BATCH_SIZE, EPOCHS = 400, 64, 3
 EPSILON = 1e-7  # Keras's; torch has 1e-8
 PEER = "torch-sparse-adam"
-CURVES = {**example.CURVES, PEER: Curve("SparseAdam in a plain torch loop", GREY)}
+CURVES = {
+    **example.CURVES,
+    PEER: Curve("SparseAdam in a plain torch loop", GREY),
+    **_candidates.CURVES,
+}
+USUAL = [name for name in CURVES if name not in _candidates.CURVES]
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -52,11 +57,7 @@ def _in_keras(
 ) -> list[dict[str, float]]:
     model = example.build_model(x.shape[1], settings["rows"], WIDTH)
     model.compile(
-        optimizer=build_optimizer(
-            settings["optimizer"],
-            settings["learning_rate"],
-            epsilon=settings.get("epsilon", EPSILON),
-        ),
+        optimizer=_candidates.build(settings, epsilon=settings.get("epsilon", EPSILON)),
         loss="binary_crossentropy",
         metrics=["accuracy"],
     )
@@ -95,7 +96,8 @@ def _in_torch(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
     parser = argparse.ArgumentParser("large_table", description=__doc__)
-    add_optimizers(parser, CURVES)
+    add_optimizers(parser, CURVES, USUAL)
+    _candidates.add_weight_decay(parser)
     add_learning_rates(parser, [1e-2])
     parser.add_argument(
         "--batch-size",
@@ -125,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{PEER} is run with Keras's epsilon only")
         unusual["epsilon"] = epsilon
         suffix += f"-epsilon{epsilon:g}"
+    end, decay = _candidates.weight_decay(parser, options)
     runs: dict[str, Settings] = {
-        f"{optimizer}-rows{options.rows}-rate{rate:g}{suffix}-seed{seed}": {
+        f"{optimizer}-rows{options.rows}-rate{rate:g}{suffix}{end}-seed{seed}": {
             "optimizer": optimizer,
             "seed": seed,
             "rows": options.rows,
@@ -135,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
             **unusual,
+            **decay,
         }
         for seed in options.seeds
         for optimizer in options.optimizers

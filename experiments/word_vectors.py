@@ -153,11 +153,11 @@ def build_model(rows: int) -> keras.Model:
     return keras.Model([word, contexts], layers.Dot((2, 1))([others, vector]))
 
 
-def build(name: str, learning_rate: float) -> keras.optimizers.Optimizer:
+def build(settings: Settings) -> keras.optimizers.Optimizer:
     """Build one of `CURVES`."""
-    if name == "lazy-adagrad":
-        return LazyOptimizer(keras.optimizers.Adagrad(learning_rate))
-    return _candidates.build(name, learning_rate)
+    if settings["optimizer"] == "lazy-adagrad":
+        return LazyOptimizer(keras.optimizers.Adagrad(settings["learning_rate"]))
+    return _candidates.build(settings)
 
 
 def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def measure(data: Data, settings: Settings, name: str) -> dict[str, Any]:
     held_out = _held_out(data, counts, negatives)
     model = build_model(rows)
     model.compile(
-        optimizer=build(settings["optimizer"], settings["learning_rate"]),
+        optimizer=build(settings),
         # The sum over the batch, so that epsilon is small beside a row's gradient.
         loss=keras.losses.BinaryCrossentropy(from_logits=True, reduction="sum"),
     )
@@ -287,14 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="Keras's imdb_word_index.json, to name neighbours (default: their ranks)",
     )
+    _candidates.add_weight_decay(parser)
     add_options(parser, seeds=list(range(8)), data="a path of an imdb.npz")
     options = parser.parse_args(arguments)
+    end, decay = _candidates.weight_decay(parser, options)
 
     def run(optimizer: str, rate: float, seed: int) -> tuple[str, Settings]:
         kind = f"batch{options.batch_size}"
         if options.batches_an_epoch != BATCHES_AN_EPOCH:
             kind += f"x{options.batches_an_epoch}"
-        return f"{optimizer}-{kind}-rate{rate:g}-seed{seed}", {
+        return f"{optimizer}-{kind}-rate{rate:g}{end}-seed{seed}", {
             "optimizer": optimizer,
             "seed": seed,
             "learning_rate": rate,
@@ -303,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "epochs": options.epochs or EPOCHS,
             "train_samples": options.train_samples,
             "test_samples": options.test_samples,
+            **decay,
         }
 
     def loss_of(results: dict[str, Any]) -> float | None:

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 # Apart in hue and in lightness, so also for colour-blind readers and in grey.
 BLACK, BLUE, SKY, ORANGE = "#222222", "#0072b2", "#56b4e9", "#e08a00"
+GREEN = "#009e73"
 GREY = "#888888"  # of what the curves are compared with
 
 matplotlib.rcParams.update(

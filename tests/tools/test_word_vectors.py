@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_paper():
 def test_tables_are_updated_by_rows():
     model = word_vectors.build_model(20)
     for name in ("lazy-decay", "lazy-freeze", "lazy-adagrad"):
-        optimizer = word_vectors.build(name, 0.1)
+        optimizer = word_vectors.build({"optimizer": name, "learning_rate": 0.1})
         model.compile(optimizer, keras.losses.BinaryCrossentropy(from_logits=True))
         before = model.get_layer("contexts_of_words").embeddings.numpy().copy()
         word = np.array([3, 4], "int32")
