@@ -117,7 +117,12 @@ class LazyStep(OptimizerWrapper):
             ):
                 self._note_form(table, None)
                 return engine.sum_duplicates(gradient) if computes else gradient
-            found = engine.row_gradient(gradient, table.variable)
+            found = engine.row_gradient(
+                gradient,
+                table.variable,
+                table.place,
+                is_listed=bool(self.gradient_accumulation_steps),
+            )
             if isinstance(found, RowGradient):
                 self._note_form(table, None)
                 self._taken[_keras.key(self, variable)] = found

@@ -335,6 +335,73 @@ def test_owners_read_as_take():
     run_python(__file__, "owners_read_as_take", one_backend=True)
 
 
+def lookups_are_exchanged():
+    """Between the devices that ask and the owners only, in as many rounds as needed."""
+    import os
+
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from keras_lookahead_lazy._backend import jax_placement
+
+    jax_placement.DEVICES_TO_EXCHANGE = 8
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(320, 3)).astype("float32")
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    place = jax_placement.Placement(sharding, 0, "batch")
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def read(table, ids, dtype):
+        return jax_placement.read_from_owners(table, ids, dtype, place)
+
+    @jax.jit
+    def sum_on_owners(look_ups):
+        return jax_placement.sum_on_owners(look_ups, table.shape, "float32", place)
+
+    draws = {
+        "spread evenly": lambda shape: rng.integers(-350, 350, shape),
+        "all of one owner": lambda shape: rng.integers(80, 120, shape),
+        "one row": lambda shape: np.full(shape, -1),
+        "unknown": lambda shape: np.full(shape, 320),
+    }
+    for draw in draws.values():
+        look_ups = []
+        for shape in ((16, 5), (8,), (800,)):  # up to three rounds
+            ids = draw(shape).astype("int32")
+            gradients = rng.normal(size=(*shape, 3)).astype("float32")
+            look_ups.append((ids, gradients))
+            for dtype in ("float32", "bfloat16"):
+                rows = read(
+                    jax.device_put(table, sharding),
+                    jax.device_put(ids, sharding),
+                    dtype,
+                )
+                expected = jnp.take(table, ids, axis=0).astype(dtype)
+                np.testing.assert_array_equal(
+                    np.array(rows, "float32"), np.array(expected, "float32")
+                )
+        sums, indices, _ = sum_on_owners(jax.device_put(look_ups, sharding))
+        found, expected = np.zeros((2, *table.shape))
+        parts = zip(np.split(sums, 8), np.split(indices, 8), strict=True)
+        for device, (own_sums, own) in enumerate(parts):
+            is_row = own < 40
+            assert not own_sums[~is_row].any()
+            assert (np.diff(own[is_row]) > 0).all()
+            found[40 * device + own[is_row]] = own_sums[is_row]
+        for ids, gradients in look_ups:
+            is_row = (ids >= -320) & (ids < 320)
+            np.add.at(expected, ids[is_row], gradients[is_row])
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
+def test_lookups_are_exchanged():
+    run_python(__file__, "lookups_are_exchanged", one_backend=True)
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
 @pytest.mark.parametrize("momentum", [(), ("0.9",)])
 @pytest.mark.parametrize("shard", ["rows", "columns"])

@@ -1,5 +1,6 @@
 """Tables that ModelParallel divides train as they do on one device, in every set-up."""
 
+import contextlib
 from typing import Any
 
 import keras
@@ -15,12 +16,14 @@ BATCH, STEPS = 16, 7
 DIVISIONS = {
     "rows": ((2, 4), ("batch", "model"), ("model", None)),
     "rows as the batch": ((8,), ("batch",), ("batch", None)),
+    "rows as the batch, many devices": ((8,), ("batch",), ("batch", None)),
     "columns": ((2, 4), ("batch", "model"), (None, "model")),
     "rows and columns": ((2, 4), ("batch", "model"), ("batch", "model")),
 }
 # Set-ups, and arguments of Lookahead.
 COMPARED: dict[str, dict[str, Any]] = {
     "layer policy": {},
+    "loss_scale_factor": {},
     "accumulation": {},
     "global_clipnorm": {
         "outer_optimizer": {
@@ -38,6 +41,9 @@ def test_divided_tables_train_as_whole_ones():
 
 
 def divide(division):
+    from keras_lookahead_lazy._backend import jax_placement
+
+    jax_placement.DEVICES_TO_EXCHANGE = 8 if "many" in division else 9
     shape, names, axes = DIVISIONS[division]
     mesh = keras.distribution.DeviceMesh(shape, names)
     layouts = keras.distribution.LayoutMap(mesh)
@@ -45,6 +51,22 @@ def divide(division):
     keras.distribution.set_distribution(
         keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     )
+
+
+@contextlib.contextmanager
+def exchanges_counted():
+    from keras_lookahead_lazy._backend import jax_exchange
+
+    calls = []
+    function = jax_exchange.sum_on_owner
+
+    def counted(*arguments):
+        calls.append("sum_on_owner")
+        return function(*arguments)
+
+    jax_exchange.sum_on_owner = counted
+    yield calls
+    jax_exchange.sum_on_owner = function
 
 
 def train(name):
@@ -76,7 +98,10 @@ def main():
         alone = train(name)
         for division in DIVISIONS:
             divide(division)
-            divided = train(name)
+            with exchanges_counted() as calls:
+                divided = train(name)
+            is_used = division.endswith("many devices") and name != "accumulation"
+            assert ("sum_on_owner" in calls) == is_used
             keras.distribution.set_distribution(None)
             for ours, theirs in zip(divided, alone, strict=True):
                 error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))

@@ -109,8 +109,16 @@ class Engine(Protocol):
     def takes_rows(self, gradient: Any) -> bool:
         """Return whether Keras's optimizers, too, know such a gradient by rows."""
 
-    def row_gradient(self, gradient: Any, table: keras.Variable) -> RowGradient | str:
+    def row_gradient(
+        self, gradient: Any, table: keras.Variable, place: Any, is_listed: bool
+    ) -> RowGradient | str:
         """Return the lookups that a gradient consists of.
+
+        Args:
+            gradient: of the table.
+            table: its variable.
+            place: The table's `placement`.
+            is_listed: Whether a list will remember the rows, on every device.
 
         Returns:
             The reason, as text, if the gradient has other parts or if a step on the

@@ -23,7 +23,8 @@ from keras_lookahead_lazy._backend import (
     jax_gradient,
     jax_rows,
 )
-from keras_lookahead_lazy._backend.jax_placement import Placement
+from keras_lookahead_lazy._backend.jax_exchange import numbered
+from keras_lookahead_lazy._backend.jax_placement import Placement, sum_on_owners
 from keras_lookahead_lazy._backend.jax_placement import layout_like as layout_like
 from keras_lookahead_lazy._backend.jax_placement import placement as placement
 from keras_lookahead_lazy._backend.jax_rows import step_in_rounds as step_in_rounds
@@ -52,7 +53,9 @@ def takes_rows(gradient: Any) -> bool:
     return False
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
+def row_gradient(
+    gradient: Any, table: keras.Variable, place: Placement, is_listed: bool
+) -> RowGradient | str:
     look_ups = jax_gradient.look_ups(gradient)
     count = sum(ids.size for ids, _ in look_ups)
     rows, *row_shape = table.shape
@@ -60,6 +63,8 @@ def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
         return OTHER_PARTS
     if not count or rows < ROWS_PER_LOOK_UP * count:
         return FEW_ROWS
+    if not is_listed and all(place.exchanges(ids) for ids, _ in look_ups):
+        return sum_on_owners(look_ups, table.shape, table.dtype, place)
     ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
     ids = jnp.where(ids < 0, ids + rows, ids)
     ids = jnp.where(ids < 0, rows, ids)  # too negative: not a row
@@ -157,10 +162,7 @@ def listed_rows(
 ) -> RowGradient:
     rows = len(variable.value)
     listed = jnp.where(jnp.arange(size) < count, ids.value[:size], rows)
-    listed = jnp.sort(listed)
-    is_new = jnp.concatenate([jnp.zeros(1, bool), listed[1:] != listed[:-1]])
-    indices = jnp.full(size, rows, listed.dtype)
-    indices = indices.at[jnp.cumsum(is_new)].set(listed, indices_are_sorted=True)
+    _, _, indices = numbered(listed, rows)
     values = variable.value.at[indices].get(mode="fill", fill_value=0)
     return RowGradient(values, indices, None)
 

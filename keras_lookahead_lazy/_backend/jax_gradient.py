@@ -93,7 +93,7 @@ def _look_up_transpose(
 ) -> tuple:
     if isinstance(gradient, ad.Zero):
         return ad.Zero(table.aval), None
-    gradient = everywhere(gradient, place)
+    gradient = everywhere(gradient, ids, place)
     noted.append((ids, gradient))
     zeros = jnp.zeros(table.aval.shape, table.aval.dtype)
     return zeros.at[ids].add(gradient.astype(zeros.dtype)), None

@@ -1,14 +1,15 @@
 """JAX: tables whose rows are divided between devices.
 
-Each device updates its own rows. Only ids and the gradients of lookups travel, which
-every device needs to find those of its rows.
+Each device updates its own rows. Only ids and the gradients of lookups travel. A few
+devices send them to all others, which is simple, and each finds those of its rows.
+Many devices send each one to the owner of its row only.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,16 @@ import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from keras_lookahead_lazy._backend import RowGradient
+from keras_lookahead_lazy._backend import RowGradient, jax_exchange
 
 # Each device holds the rows that all devices look up, of so many lookups at a time.
 LOOK_UPS_AT_ONCE = 2**17
+# From so many devices on, lookups are sent to the owners of their rows only.
+DEVICES_TO_EXCHANGE = 16
+
+
+class OwnRows(RowGradient):
+    """A gradient of which each device has the part for its rows, numbered from 0."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,16 @@ class Placement:
         """The mesh axes that divide the rows. `None` if columns are divided, too."""
         spec = getattr(self.sharding, "spec", ())
         return spec[0] if spec and not any(spec[1:]) else None
+
+    def exchanges(self, ids: jax.Array) -> bool:
+        """Return whether lookups are sent to the owners of their rows only.
+
+        For this, many devices have to divide them along the same axis as the rows.
+        """
+        if self.row_axes is None or self.row_axes != self.batch_axis or not ids.ndim:
+            return False
+        devices = self.sharding.mesh.shape[self.batch_axis]
+        return devices >= DEVICES_TO_EXCHANGE and ids.shape[0] % devices == 0
 
 
 def placement(variable: keras.Variable) -> Placement:
@@ -104,9 +121,10 @@ def read_from_owners(
     own part of the batch, if batches are divided.
     """
     axes, mesh, batch_axis = place.row_axes, place.sharding.mesh, place.batch_axis
+    exchanges = place.exchanges(ids)
     ids_spec = rows_spec = PartitionSpec()
     if ids.ndim and ids.shape[0] % mesh.shape.get(batch_axis, 1) == 0:
-        if batch_axis not in np.atleast_1d(axes):
+        if exchanges or batch_axis not in np.atleast_1d(axes):
             ids_spec = rows_spec = PartitionSpec(batch_axis)
         elif batch_axis == axes:  # every device reads for all parts of the batch
             rows_spec = PartitionSpec(batch_axis)
@@ -120,6 +138,10 @@ def read_from_owners(
             return jax.lax.psum_scatter(rows, axes, tiled=True)
         return jax.lax.psum(rows, axes)
 
+    def exchange(part: jax.Array, ids: jax.Array) -> jax.Array:
+        rows = jax_exchange.read(part, ids.ravel(), dtype, axes)
+        return rows.reshape(*ids.shape, *part.shape[1:])
+
     def read_in_turn(part: jax.Array, ids: jax.Array) -> jax.Array:
         of_parts = ids.reshape(mesh.shape[axes] if scatters else 1, -1)
         turns = math.ceil(max(1, ids.size) / LOOK_UPS_AT_ONCE)
@@ -129,7 +151,7 @@ def read_from_owners(
 
     ids = jnp.where(ids < 0, ids + len(table), ids)
     rows = jax.shard_map(
-        read_in_turn,
+        exchange if exchanges else read_in_turn,
         mesh=mesh.abstract_mesh,
         in_specs=(PartitionSpec(axes), ids_spec),
         out_specs=rows_spec,
@@ -139,12 +161,12 @@ def read_from_owners(
     return jnp.where(is_row, rows, jnp.nan)  # as in `jnp.take`
 
 
-def everywhere(gradients: jax.Array, place: Placement) -> jax.Array:
+def everywhere(gradients: jax.Array, ids: jax.Array, place: Placement) -> jax.Array:
     """Send the gradients of lookups to all owners of rows, unless they are many.
 
     Otherwise JAX converts them first and sends them in the dtype of the table.
     """
-    if place.row_axes is None or math.prod(gradients.shape[:-1]) > LOOK_UPS_AT_ONCE:
+    if place.row_axes is None or place.exchanges(ids) or ids.size > LOOK_UPS_AT_ONCE:
         return gradients
     return jax.shard_map(
         lambda gradients: gradients,
@@ -155,13 +177,50 @@ def everywhere(gradients: jax.Array, place: Placement) -> jax.Array:
     )(gradients)
 
 
+def sum_on_owners(
+    look_ups: Sequence[tuple[jax.Array, jax.Array]],
+    shape: Sequence[int],
+    dtype: Any,
+    place: Placement,
+) -> OwnRows:
+    """Send the gradients of lookups to the owners of their rows, and sum them there.
+
+    Args:
+        look_ups: Ids and gradients.
+        shape: That of the table.
+        dtype: That of the sums.
+    """
+    total, *row_shape = shape
+    axis, mesh = place.row_axes, place.sharding.mesh
+
+    def sum_on_owner(look_ups: list) -> RowGradient:
+        ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
+        values = [values.reshape(-1, *row_shape) for _, values in look_ups]
+        ids = jnp.where(ids < 0, ids + total, ids)
+        rows = total // mesh.shape[axis]
+        return jax_exchange.sum_on_owner(
+            ids, jnp.concatenate(values), rows, dtype, axis
+        )
+
+    by_row = PartitionSpec(axis)
+    return OwnRows(
+        *jax.shard_map(
+            sum_on_owner,
+            mesh=mesh.abstract_mesh,
+            in_specs=by_row,
+            out_specs=by_row,
+            check_vma=False,
+        )(look_ups)
+    )
+
+
 def own_rows(gradient: RowGradient, place: Placement, rows: int) -> RowGradient:
     """Return the gradient with its own rows first, numbered as on this device.
 
     Args:
         rows: How many rows each device has.
     """
-    if place.row_axes is None:
+    if place.row_axes is None or isinstance(gradient, OwnRows):
         return gradient
     sums, indices, _ = gradient
     first = jax.lax.axis_index(place.row_axes) * rows

@@ -13,7 +13,13 @@ import keras
 
 from keras_lookahead_lazy import _keras
 from keras_lookahead_lazy._backend import RowGradient
-from keras_lookahead_lazy._backend.jax_placement import Placement, on_owners, own_rows
+from keras_lookahead_lazy._backend.jax_exchange import numbered
+from keras_lookahead_lazy._backend.jax_placement import (
+    OwnRows,
+    Placement,
+    on_owners,
+    own_rows,
+)
 
 # Each of several devices needs the rows that all of them look up. They are summed, and
 # processed by a step, in chunks of this size.
@@ -32,9 +38,7 @@ def sum_duplicates(
     past the end of the table. The sums have `dtype`.
     """
     count = len(ids)
-    ids, order = jax.lax.sort((ids, jnp.arange(count)), num_keys=1)
-    is_new = jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
-    position = jnp.cumsum(is_new)
+    order, position, indices = numbered(ids, rows)
     size = min(count, LOOK_UPS_PER_ROUND)
     rounds = math.ceil(count / size)
     parts = [
@@ -48,8 +52,6 @@ def sum_duplicates(
         return sums.at[targets].add(more, mode="drop", indices_are_sorted=True)
 
     sums = jax.lax.fori_loop(0, rounds, add, jnp.zeros(values.shape, dtype))
-    indices = jnp.full(count, rows, ids.dtype)
-    indices = indices.at[position].set(ids, indices_are_sorted=True)
     return RowGradient(sums, indices, None)
 
 
@@ -69,7 +71,10 @@ def step_in_rounds(
         return tuple(view.value for view in views)
 
     values = tuple(variable.value for variable in variables)
-    values = on_owners(step_on_own, place, (values,), gradient)
+    if isinstance(gradient, OwnRows):
+        values = on_owners(step_on_own, place, (values, gradient))
+    else:
+        values = on_owners(step_on_own, place, (values,), gradient)
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 

@@ -69,7 +69,7 @@ def takes_rows(gradient: Any) -> bool:
     return isinstance(gradient, tf.IndexedSlices)
 
 
-def row_gradient(gradient: Any, table: keras.Variable) -> RowGradient | str:
+def row_gradient(gradient: Any, table: keras.Variable, *_: Any) -> RowGradient | str:
     if not isinstance(gradient, tf.IndexedSlices):
         return OTHER_PARTS
     if in_xla():
