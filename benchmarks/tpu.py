@@ -52,7 +52,14 @@ def goals(compiled: Compiled, done: list[Compiled]) -> list[Goal]:
     wide = [each for each in compiled.collectives if each.has_vocabulary]
     found = [Goal("collectives as long as the table", 0, len(wide))]
     if program.vocabulary >= 10**9:
-        return [*found, Goal("temporaries", 6e8, compiled.temporary, "bytes")]
+        (few,) = (
+            each
+            for each in done
+            if (each.program.devices, each.program.policy) == (4, program.policy)
+            and each.program.optimizer == program.optimizer
+        )
+        more = Goal("between chips / on 4 chips", 2, compiled.crossing / few.crossing)
+        return [*found, more, Goal("temporaries", 6e8, compiled.temporary, "bytes")]
     return [*found, Goal("temporaries / table", 0.02, compiled.share)]
 
 
