@@ -450,3 +450,13 @@ def assert_agree(
 def assert_same_bits(ours: list[np.ndarray], reference: list[np.ndarray]) -> None:
     for a, b in zip(ours, reference, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def two_replicas() -> Any:
+    """A strategy with two replicas on the CPU; to be called before TensorFlow runs."""
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    half = tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpu, [half, half])
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -15,7 +15,14 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree, make_data, make_model, run_python
+from harness import (
+    BACKEND,
+    assert_agree,
+    make_data,
+    make_model,
+    run_python,
+    two_replicas,
+)
 from traffic import note_layouts
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead
@@ -168,10 +175,7 @@ def gradients_stay_sparse():
 
     from keras_lookahead_lazy._backend import engine
 
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    half = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(cpu, [half, half])
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     seen = []
     find_rows = engine.find_rows
 
@@ -194,14 +198,9 @@ def test_gradients_stay_sparse_through_the_all_reduce():
 
 def replicas_clip_their_sums(setting, bound):
     """Each replica looks up another number of different rows, and clips its sums."""
-    import tensorflow as tf
-
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * 2,
-    )
+    strategy = two_replicas()
     for _ in range(2):
-        clip_sums(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), setting, bound)
+        clip_sums(strategy, setting, bound)
 
 
 def clip_sums(strategy, setting, bound):

@@ -5,7 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, assert_agree, run_python
+from harness import BACKEND, assert_agree, run_python, two_replicas
 from keras import layers
 
 from keras_lookahead_lazy import LazyOptimizer, Lookahead, _row_step
@@ -119,13 +119,7 @@ def test_settings_by_table_keep_them_apart(joined):
 
 def replicas():
     """Two replicas against one device, in this process."""
-    import tensorflow as tf
-
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * 2,
-    )
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         model = make_many_tables(LazyOptimizer(keras.optimizers.Adam(0.02)))
         model.fit(*data(), batch_size=BATCH, shuffle=False, verbose=0)

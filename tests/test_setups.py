@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import sys
+import tempfile
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from harness import (
     numpy,
     run_python,
     tensor,
+    two_replicas,
 )
 from whole_tables import whole_results
 
@@ -425,15 +427,6 @@ ON_REPLICAS = [
 ]
 
 
-def two_replicas():
-    import tensorflow as tf
-
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    half = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(cpu, [half, half])
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 def replicas_train_as_keras():
     """With two replicas, each set-up works on rows and trains as Keras does."""
     import tensorflow as tf
@@ -492,9 +485,38 @@ def all_replicas_skip_a_step():
     assert float(numpy([model.optimizer.dynamic_scale])[0]) == 2**14  # of 2**15
 
 
+def replicas_resume():
+    """From a file written in mid-cycle, with loss scaling and clipping, to the bit."""
+    (x, y), strategy = make_batches(10), two_replicas()
+    x, y = x.reshape(-1, TOKENS), y.reshape(-1, 1)
+    middle = 4 * BATCH
+
+    def fit(model, part):
+        model.fit(x[part], y[part], batch_size=2 * BATCH, shuffle=False, verbose=0)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        strategy.scope(),
+        dtype_policy("mixed_float16"),
+    ):
+        path = f"{folder}/model.keras"
+        inner = keras.optimizers.Adam(0.01, global_clipnorm=0.01)
+        model = make_looked_up(Lookahead(LazyOptimizer(inner), k=3), {}, False)
+        fit(model, slice(middle))
+        model.save(path)
+        resumed = keras.models.load_model(path)
+        for each in (model, resumed):
+            fit(each, slice(middle, None))
+        ours, theirs = ([*m.weights, *m.optimizer.variables] for m in (resumed, model))
+        assert_same_bits(numpy(ours), numpy(theirs))
+        assert list(lazy_of(resumed.optimizer).step_forms.values()) == ["rows"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-@pytest.mark.parametrize("program", [replicas_train_as_keras, all_replicas_skip_a_step])
+@pytest.mark.parametrize(
+    "program", [replicas_train_as_keras, all_replicas_skip_a_step, replicas_resume]
+)
 def test_replicas(program):
     run_python(__file__, program.__name__, one_backend=True)
 
