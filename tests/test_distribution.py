@@ -369,7 +369,7 @@ def lookups_are_exchanged():
     for draw in draws.values():
         look_ups = []
         for shape in ((16, 5), (8,), (800,)):  # up to three rounds
-            ids = draw(shape).astype("int32")
+            ids = np.asarray(draw(shape), "int32")
             gradients = rng.normal(size=(*shape, 3)).astype("float32")
             look_ups.append((ids, gradients))
             for dtype in ("float32", "bfloat16"):

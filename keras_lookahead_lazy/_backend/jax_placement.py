@@ -193,7 +193,7 @@ def sum_on_owners(
     total, *row_shape = shape
     axis, mesh = place.row_axes, place.sharding.mesh
 
-    def sum_on_owner(look_ups: list) -> RowGradient:
+    def sum_on_owner(look_ups: Sequence) -> RowGradient:
         ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
         values = [values.reshape(-1, *row_shape) for _, values in look_ups]
         ids = jnp.where(ids < 0, ids + total, ids)

@@ -69,7 +69,9 @@ def takes_rows(gradient: Any) -> bool:
     return isinstance(gradient, tf.IndexedSlices)
 
 
-def row_gradient(gradient: Any, table: keras.Variable, *_: Any) -> RowGradient | str:
+def row_gradient(
+    gradient: Any, table: keras.Variable, place: Any, is_listed: bool
+) -> RowGradient | str:
     if not isinstance(gradient, tf.IndexedSlices):
         return OTHER_PARTS
     if in_xla():

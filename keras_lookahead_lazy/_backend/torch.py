@@ -50,7 +50,7 @@ def takes_rows(gradient: Any) -> bool:
 
 
 def row_gradient(
-    gradient: torch.Tensor, table: keras.Variable, *_: Any
+    gradient: torch.Tensor, table: keras.Variable, place: Any, is_listed: bool
 ) -> _backend.RowGradient | str:
     """Return row gradients, on an accelerator with fixed shapes.
 
