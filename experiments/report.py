@@ -31,10 +31,12 @@ from examples.common.plots import (
 )
 from examples.imdb_lazy.__main__ import CURVES as IMDB_CURVES
 from experiments import (
+    _candidates,
     _pages,
     _tuning,
     cifar,
     gan,
+    imdb,
     language_model,
     large_table,
     ncf,
@@ -737,7 +739,7 @@ def large_table_rates_table(records: Sequence[Record]) -> Table:
     for varied in sorted({_varied(record) for record in records}):
         rows, batch_size, epsilon = varied
         alike = [record for record in records if _varied(record) == varied]
-        for optimizer, group in _group(alike, "optimizer", TABLE_CURVES).items():
+        for optimizer, group in _group(alike, "optimizer", large_table.USUAL).items():
             by_rate = _group(group, "learning_rate", rates)
             best = [by_rate.get(rate, []) for rate in rates]
             table.append(
@@ -770,19 +772,17 @@ def draw_large_table(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _tuned(records: Sequence[Record], rows: int) -> dict[str, list[Record]]:
+def _tuned(
+    records: Sequence[Record], rows: int, order: Iterable[str] = large_table.USUAL
+) -> dict[str, list[Record]]:
     """The runs on a table of so many rows, of each optimizer at its best rate."""
     wanted = rows, large_table.BATCH_SIZE, large_table.EPSILON
     usual = [record for record in records if _varied(record) == wanted]
-    tuned = {}
-    for optimizer, group in _group(usual, "optimizer", TABLE_CURVES).items():
-        of_first_seed = min(
-            group,
-            key=lambda r: (r["settings"]["seed"], -r["results"]["best_val_accuracy"]),
-        )
-        rate = of_first_seed["settings"]["learning_rate"]
-        tuned[optimizer] = _group(group, "learning_rate", [rate])[rate]
-    return tuned
+    return _at_best_rates(usual, order, _error)
+
+
+def _error(results: Any) -> float:
+    return -results["best_val_accuracy"]
 
 
 def _varied(record: Record) -> tuple[int, int, float]:
@@ -1021,18 +1021,24 @@ def _at_best_rates(
     order: Iterable[str],
     loss_of: Callable[[Any], float | None],
 ) -> dict[str, list[Record]]:
-    """The runs of each optimizer at its best rate of the sweep."""
+    """The runs of each optimizer at its best rate, and weight decay, of the sweep."""
     best = {}
     for optimizer, group in _group(records, "optimizer", order).items():
         sweep = [
-            (loss, record["settings"]["learning_rate"])
+            (loss, _rates(record))
             for record in group
             if record["settings"]["seed"] == _tuning.SEED
             and (loss := loss_of(record["results"])) is not None
         ]
-        _, rate = min(sweep)
-        best[optimizer] = _group(group, "learning_rate", [rate])[rate]
+        _, rates = min(sweep)
+        best[optimizer] = [record for record in group if _rates(record) == rates]
     return best
+
+
+def _rates(record: Record) -> tuple[float, float]:
+    """The learning rate and the weight decay; 0 where a run has none of its own."""
+    settings = record["settings"]
+    return settings.get("learning_rate", 0), settings.get("weight_decay", 0)
 
 
 # Moments, on all tasks
@@ -1064,6 +1070,34 @@ def moments_table(records: Sequence[Record]) -> Table:
                 *(_interval(each, 2, "+") for each in pairs),
             ]
         )
+    return table
+
+
+def candidates_table(records: Sequence[Record]) -> Table:
+    """How far what other systems do is above "freeze", on each task.
+
+    On NCF, with the smaller batches and without crosses. A task is left out if no
+    candidate was trained on it.
+    """
+    pairs = [
+        (each, "lazy-adamw" if each == "lazy-missed-decay" else "lazy-freeze")
+        for each in _candidates.CURVES
+        if each != "lazy-adamw"
+    ]
+    tasks = {
+        task: groups
+        for task, (_, groups) in _moments(records).items()
+        if any(candidate in groups for candidate, _ in pairs)
+    }
+    labels = {**large_table.CURVES, **_candidates.CURVES}
+    table = [["candidate", "compared with", *tasks]]
+    for candidate, other in pairs:
+        cells = [labels[candidate].label, labels[other].label]
+        for groups in tasks.values():
+            above = _differences(groups.get(candidate, {}), groups.get(other, {}))
+            seeds = f", {len(above)} seed{'s' * (len(above) > 1)}"
+            cells.append(_interval(above, 2, "+") + seeds if above else "not trained")
+        table.append(cells)
     return table
 
 
@@ -1104,13 +1138,13 @@ def _moments(
         (
             "LSTM on IMDB",
             "imdb",
-            _group(of["imdb"], "optimizer", IMDB_CURVES),
+            _at_best_rates(of["imdb"], imdb.CURVES, _error),
             accuracy,
         ),
         (
             "fastText on IMDB",
             "large_table",
-            _tuned(of["large_table"], large_table.ROWS),
+            _tuned(of["large_table"], large_table.ROWS, TABLE_CURVES),
             accuracy,
         ),
     ]
@@ -1169,6 +1203,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], Table]]] = {
     "word-vectors-rates": ("word_vectors", word_vectors_rates_table),
     "word-vectors-neighbours": ("word_vectors", neighbours_table),
     "moments": (ALL, moments_table),
+    "candidates": (ALL, candidates_table),
 }
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Record]], Figure]]] = {
     "imdb": ("imdb", draw_imdb),
