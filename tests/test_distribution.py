@@ -6,6 +6,7 @@ The programs are those of `examples/distributed`, run as a user runs them.
 import functools
 import io
 import itertools
+import math
 import re
 import sys
 import zipfile
@@ -345,55 +346,68 @@ def lookups_are_exchanged():
 
     from keras_lookahead_lazy._backend import jax_placement
 
-    jax_placement.DEVICES_TO_EXCHANGE = 8
+    jax_placement.DEVICES_TO_EXCHANGE = 2
     rng = np.random.default_rng(0)
     table = rng.normal(size=(320, 3)).astype("float32")
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("batch"))
-    place = jax_placement.Placement(sharding, 0, "batch")
-
-    @functools.partial(jax.jit, static_argnames="dtype")
-    def read(table, ids, dtype):
-        return jax_placement.read_from_owners(table, ids, dtype, place)
-
-    @jax.jit
-    def sum_on_owners(look_ups):
-        return jax_placement.sum_on_owners(look_ups, table.shape, "float32", place)
-
+    one = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    two = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     draws = {
         "spread evenly": lambda shape: rng.integers(-350, 350, shape),
         "all of one owner": lambda shape: rng.integers(80, 120, shape),
         "one row": lambda shape: np.full(shape, -1),
         "unknown": lambda shape: np.full(shape, 320),
     }
-    for draw in draws.values():
-        look_ups = []
-        for shape in ((16, 5), (8,), (800,)):  # up to three rounds
-            ids = np.asarray(draw(shape), "int32")
-            gradients = rng.normal(size=(*shape, 3)).astype("float32")
-            look_ups.append((ids, gradients))
-            for dtype in ("float32", "bfloat16"):
+    for mesh, axes in (
+        (one, ("batch",)),
+        (two, ("batch",)),
+        (two, ("model",)),
+        (two, ("batch", "model")),
+        (two, ("model", "batch")),
+    ):
+        by_row = NamedSharding(mesh, PartitionSpec(axes))
+        by_sample = NamedSharding(mesh, PartitionSpec("batch"))
+        place = jax_placement.Placement(by_row, 0, "batch")
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        held = len(table) // parts
+
+        @functools.partial(jax.jit, static_argnames="dtype")
+        def read(table, ids, dtype, place=place):
+            return jax_placement.read_from_owners(table, ids, dtype, place)
+
+        @jax.jit
+        def sum_on_owners(look_ups, place=place):
+            return jax_placement.sum_on_owners(look_ups, table.shape, "float32", place)
+
+        for draw in draws.values():
+            look_ups = []
+            for shape in ((16, 5), (8,), (800,)):  # up to three rounds
+                ids = np.asarray(draw(shape), "int32")
+                assert place.exchanges(ids)
+                gradients = rng.normal(size=(*shape, 3)).astype("float32")
+                look_ups.append((ids, gradients))
+                dtype = "float32" if ids.ndim == 1 else "bfloat16"
                 rows = read(
-                    jax.device_put(table, sharding),
-                    jax.device_put(ids, sharding),
-                    dtype,
+                    jax.device_put(table, by_row), jax.device_put(ids, by_sample), dtype
                 )
                 expected = jnp.take(table, ids, axis=0).astype(dtype)
                 np.testing.assert_array_equal(
                     np.array(rows, "float32"), np.array(expected, "float32")
                 )
-        sums, indices, _ = sum_on_owners(jax.device_put(look_ups, sharding))
-        found, expected = np.zeros((2, *table.shape))
-        parts = zip(np.split(sums, 8), np.split(indices, 8), strict=True)
-        for device, (own_sums, own) in enumerate(parts):
-            is_row = own < 40
-            assert not own_sums[~is_row].any()
-            assert (np.diff(own[is_row]) > 0).all()
-            found[40 * device + own[is_row]] = own_sums[is_row]
-        for ids, gradients in look_ups:
-            is_row = (ids >= -320) & (ids < 320)
-            np.add.at(expected, ids[is_row], gradients[is_row])
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+            sums, indices, _ = sum_on_owners(jax.device_put(look_ups, by_sample))
+            found, expected = np.zeros((2, *table.shape))
+            pairs = zip(np.split(sums, parts), np.split(indices, parts), strict=True)
+            for part, (own_sums, own) in enumerate(pairs):
+                is_row = own < held
+                assert not own_sums[~is_row].any()
+                assert (np.diff(own[is_row]) > 0).all()
+                found[held * part + own[is_row]] = own_sums[is_row]
+            for ids, gradients in look_ups:
+                is_row = (ids >= -320) & (ids < 320)
+                np.add.at(expected, ids[is_row], gradients[is_row])
+            np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+            for shard in sums.addressable_shards:  # replicas of a part are equal
+                whole = np.asarray(sums)[shard.index]
+                np.testing.assert_array_equal(np.asarray(shard.data), whole)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")

@@ -17,6 +17,7 @@ DIVISIONS = {
     "rows": ((2, 4), ("batch", "model"), ("model", None)),
     "rows as the batch": ((8,), ("batch",), ("batch", None)),
     "rows as the batch, many devices": ((8,), ("batch",), ("batch", None)),
+    "rows, many devices": ((2, 4), ("batch", "model"), ("model", None)),
     "columns": ((2, 4), ("batch", "model"), (None, "model")),
     "rows and columns": ((2, 4), ("batch", "model"), ("batch", "model")),
 }

@@ -1,7 +1,9 @@
-"""JAX: lookups that travel only to the owner of their row, and back.
+"""JAX: lookups that travel only to the owners of their rows, and back.
 
-A table's rows and the batch are divided along the same axis of a mesh. The functions
-here run in `jax.shard_map`, on each device with its own rows and its own lookups.
+A mesh divides the rows of a table along one or several of its axes, and the batch along
+one axis. The functions here run in `jax.shard_map`, on each device with its own rows
+and with the lookups of its part of the batch. Devices with the same part of the batch
+share its lookups between them: each takes those for rows along its own axis.
 
 In a round, each device sends to each other one as many lookups as a fixed shape has
 room for. If ids are spread evenly, the first round takes all. Otherwise there are more,
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +22,55 @@ import jax.numpy as jnp
 from keras_lookahead_lazy._backend import RowGradient
 
 
+class Axes(NamedTuple):
+    """Axes of a mesh.
+
+    Attributes:
+        rows: Those that divide the rows of a table.
+        batch: The one that divides batches.
+    """
+
+    rows: tuple[str, ...]
+    batch: str
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Those that divide rows, but not batches."""
+        return tuple(axis for axis in self.rows if axis != self.batch)
+
+
 class _Rounds:
-    """The lookups of a device, in rounds.
+    """The lookups of a device's part of the batch, in rounds.
 
     Args:
         ids: Int array of shape `(lookups,)`. Ids that no row has are left out.
         rows: How many rows each device has.
-        axis: The mesh axis that divides rows and lookups.
+        axes: Those of the mesh.
     """
 
-    def __init__(self, ids: jax.Array, rows: int, axis: str) -> None:
-        devices = jax.lax.axis_size(axis)
-        mean = len(ids) / devices
+    def __init__(self, ids: jax.Array, rows: int, axes: Axes) -> None:
+        self._axes = axes
+        sizes = [jax.lax.axis_size(axis) for axis in axes.rows]
+        parts = math.prod(sizes)
+        mean = len(ids) / parts
         # Of 65,536 pairs of devices, hardly one has more if ids are spread evenly.
         self.size = min(len(ids), math.ceil(mean + 8 * math.sqrt(mean)))
         self.most = math.ceil(len(ids) / self.size)
-        is_row = (ids >= 0) & (ids < devices * rows)
-        owner = jnp.where(is_row, ids // rows, devices)
-        self._order = jnp.argsort(owner)
-        self._counts = jnp.zeros(devices, "int32").at[owner].add(1, mode="drop")
+        place = dict(zip(axes.rows, jnp.unravel_index(ids // rows, sizes), strict=True))
+        is_sent = (ids >= 0) & (ids < parts * rows)
+        for axis in axes.beside:
+            is_sent &= place[axis] == jax.lax.axis_index(axis)
+        # All devices along the batch's axis have the same rows if it divides none.
+        receivers = jax.lax.axis_size(axes.batch) if axes.batch in axes.rows else 1
+        receiver = jnp.where(is_sent, place.get(axes.batch, 0), receivers)
+        self._order = jnp.argsort(receiver)
+        self._counts = jnp.zeros(receivers, "int32").at[receiver].add(1, mode="drop")
         self._starts = jnp.cumsum(self._counts) - self._counts
         needed = (jnp.max(self._counts) + self.size - 1) // self.size
-        self._needed = jax.lax.pmax(needed, axis)
-        self._axis = axis
+        self._needed = jax.lax.pmax(needed, (*axes.beside, axes.batch))
 
     def lookups(self, number: Any) -> jax.Array:
-        """Return the lookups of a round for each owner, shape `(devices, size)`.
+        """Return the lookups of a round for each receiver, shape `(receivers, size)`.
 
         Where there is none, the number is past the end.
         """
@@ -54,8 +79,13 @@ class _Rounds:
         return jnp.where(place < self._counts[:, None], lookup, len(self._order))
 
     def swap(self, values: jax.Array) -> jax.Array:
-        """Send the i-th part to device i, and return what that device sent."""
-        return jax.lax.all_to_all(values, self._axis, 0, 0)
+        """Send the i-th part to device i, and return what that device sent.
+
+        A single part goes to all devices along the batch's axis.
+        """
+        if self._axes.batch in self._axes.rows:
+            return jax.lax.all_to_all(values, self._axes.batch, 0, 0)
+        return jax.lax.all_gather(values[0], self._axes.batch)
 
     def send(self, values: jax.Array, number: Any, fill: int) -> jax.Array:
         """Send the values of a round's lookups, and `fill` where there is none."""
@@ -78,27 +108,31 @@ class _Rounds:
         return jax.lax.while_loop(has_more, step, (1, function(0, value)))[1]
 
 
-def read(part: jax.Array, ids: jax.Array, dtype: str, axis: str) -> jax.Array:
-    """Return the rows of this device's lookups in `dtype`; zeros for unknown ids."""
-    rounds = _Rounds(ids, len(part), axis)
+def read(part: jax.Array, ids: jax.Array, dtype: str, axes: Axes) -> jax.Array:
+    """Return the rows of this device's lookups in `dtype`; zeros for unknown ids.
+
+    The batch's axis has to be one of those that divide rows.
+    """
+    rounds = _Rounds(ids, len(part), axes)
 
     def ask(number: Any, rows: jax.Array) -> jax.Array:
         asked = rounds.send(ids % len(part), number, fill=0)
         answers = rounds.swap(part.at[asked].get(mode="clip").astype(dtype))
         return rows.at[rounds.lookups(number)].set(answers, mode="drop")
 
-    return rounds.run(ask, jnp.zeros((len(ids), *part.shape[1:]), dtype))
+    rows = rounds.run(ask, jnp.zeros((len(ids), *part.shape[1:]), dtype))
+    return jax.lax.psum(rows, axes.beside) if axes.beside else rows
 
 
 def sum_on_owner(
-    ids: jax.Array, values: jax.Array, rows: int, dtype: Any, axis: str
+    ids: jax.Array, values: jax.Array, rows: int, dtype: Any, axes: Axes
 ) -> RowGradient:
     """Sum the gradients of lookups for this device's rows, which it numbers from 0.
 
     The rows are distinct and in ascending order, padded with a row past the end.
     """
-    rounds = _Rounds(ids, rows, axis)
-    places = jax.lax.axis_size(axis) * rounds.size
+    rounds = _Rounds(ids, rows, axes)
+    places = jax.lax.axis_size(axes.batch) * rounds.size
 
     def ask(number: Any, asked: jax.Array) -> jax.Array:
         return asked.at[number].set(rounds.send(ids % rows, number, rows).ravel())

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +60,20 @@ class Placement:
     def exchanges(self, ids: jax.Array) -> bool:
         """Return whether lookups are sent to the owners of their rows only.
 
-        For this, many devices have to divide them along the same axis as the rows.
+        For this, many devices have to divide the rows and the batch.
         """
-        if self.row_axes is None or self.row_axes != self.batch_axis or not ids.ndim:
+        if self.row_axes is None or self.batch_axis is None or not ids.ndim:
             return False
-        devices = self.sharding.mesh.shape[self.batch_axis]
-        return devices >= DEVICES_TO_EXCHANGE and ids.shape[0] % devices == 0
+        shape, axes = self.sharding.mesh.shape, self.axes
+        devices = math.prod(shape[axis] for axis in {*axes.rows, axes.batch})
+        parts = shape[axes.batch]
+        return devices >= DEVICES_TO_EXCHANGE and parts > 1 and not ids.shape[0] % parts
+
+    @property
+    def axes(self) -> jax_exchange.Axes:
+        """The axes of the mesh, if it divides rows and batches."""
+        rows = np.atleast_1d(self.row_axes).tolist()
+        return jax_exchange.Axes(tuple(rows), cast(str, self.batch_axis))
 
 
 def placement(variable: keras.Variable) -> Placement:
@@ -121,7 +129,7 @@ def read_from_owners(
     own part of the batch, if batches are divided.
     """
     axes, mesh, batch_axis = place.row_axes, place.sharding.mesh, place.batch_axis
-    exchanges = place.exchanges(ids)
+    exchanges = place.exchanges(ids) and batch_axis in place.axes.rows
     ids_spec = rows_spec = PartitionSpec()
     if ids.ndim and ids.shape[0] % mesh.shape.get(batch_axis, 1) == 0:
         if exchanges or batch_axis not in np.atleast_1d(axes):
@@ -139,7 +147,7 @@ def read_from_owners(
         return jax.lax.psum(rows, axes)
 
     def exchange(part: jax.Array, ids: jax.Array) -> jax.Array:
-        rows = jax_exchange.read(part, ids.ravel(), dtype, axes)
+        rows = jax_exchange.read(part, ids.ravel(), dtype, place.axes)
         return rows.reshape(*ids.shape, *part.shape[1:])
 
     def read_in_turn(part: jax.Array, ids: jax.Array) -> jax.Array:
@@ -191,24 +199,23 @@ def sum_on_owners(
         dtype: That of the sums.
     """
     total, *row_shape = shape
-    axis, mesh = place.row_axes, place.sharding.mesh
+    axes, mesh = place.axes, place.sharding.mesh
+    rows = total // math.prod(mesh.shape[axis] for axis in axes.rows)
 
     def sum_on_owner(look_ups: Sequence) -> RowGradient:
         ids = jnp.concatenate([ids.ravel() for ids, _ in look_ups])
         values = [values.reshape(-1, *row_shape) for _, values in look_ups]
         ids = jnp.where(ids < 0, ids + total, ids)
-        rows = total // mesh.shape[axis]
         return jax_exchange.sum_on_owner(
-            ids, jnp.concatenate(values), rows, dtype, axis
+            ids, jnp.concatenate(values), rows, dtype, axes
         )
 
-    by_row = PartitionSpec(axis)
     return OwnRows(
         *jax.shard_map(
             sum_on_owner,
             mesh=mesh.abstract_mesh,
-            in_specs=by_row,
-            out_specs=by_row,
+            in_specs=PartitionSpec(axes.batch),
+            out_specs=PartitionSpec(axes.rows),
             check_vma=False,
         )(look_ups)
     )
