@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -1054,20 +1054,29 @@ def moments_table(records: Sequence[Record]) -> Table:
             "decay above Adam",
             "freeze above Adam",
             "freeze above decay",
+            "time, Adam / decay",
+            "time, Adam / freeze",
         ]
     ]
-    for task, (gap, groups) in _moments(records).items():
-        adam, decay, freeze = (
-            groups[optimizer] for optimizer in ("adam", "lazy-decay", "lazy-freeze")
+    optimizers = "adam", "lazy-decay", "lazy-freeze"
+    for label, task in _tasks(records).items():
+        adam, decay, freeze = (task.points[optimizer] for optimizer in optimizers)
+        times, *others = (task.seconds[optimizer] for optimizer in optimizers)
+        faster = (
+            statistics.median(
+                times[seed] / other[seed] for seed in times if seed in other
+            )
+            for other in others
         )
         pairs = [_differences(*p) for p in ((decay, adam), (freeze, adam))]
         pairs.append(_differences(freeze, decay))
         table.append(
             [
-                task,
-                f"{gap:.0f}",
+                label,
+                f"{task.gap:.0f}",
                 str(len(pairs[-1])),
                 *(_interval(each, 2, "+") for each in pairs),
+                *(f"{factor:.1f}" for factor in faster),
             ]
         )
     return table
@@ -1085,9 +1094,9 @@ def candidates_table(records: Sequence[Record]) -> Table:
         if each != "lazy-adamw"
     ]
     tasks = {
-        task: groups
-        for task, (_, groups) in _moments(records).items()
-        if any(candidate in groups for candidate, _ in pairs)
+        label: task.points
+        for label, task in _tasks(records).items()
+        if any(candidate in task.points for candidate, _ in pairs)
     }
     labels = {**large_table.CURVES, **_candidates.CURVES}
     table = [["candidate", "compared with", *tasks]]
@@ -1106,12 +1115,13 @@ def draw_moments(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     axes.axhline(0, color=GREY, ls=":")
-    for task, (gap, groups) in _moments(records).items():
-        above = _differences(groups["lazy-freeze"], groups["lazy-decay"])
+    for label, task in _tasks(records).items():
+        above = _differences(task.points["lazy-freeze"], task.points["lazy-decay"])
         mean, margin = mean_interval(above)
-        axes.errorbar(gap, mean, margin, color=BLACK, fmt="o", capsize=3)
+        place = task.gap, mean
+        axes.errorbar(*place, margin, color=BLACK, fmt="o", capsize=3)
         axes.annotate(
-            task, (gap, mean), xytext=(6, 4), textcoords="offset points", fontsize=8
+            label, place, xytext=(6, 4), textcoords="offset points", fontsize=8
         )
     axes.set_xscale("log")
     axes.set(
@@ -1121,14 +1131,24 @@ def draw_moments(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _moments(
-    records: Sequence[Record],
-) -> dict[str, tuple[float, dict[str, dict[int, float]]]]:
-    """By task, how seldom rows are sampled, and each optimizer's measure by seed.
+class _Task(NamedTuple):
+    """What the optimizers did on a task, each at its best rate.
 
-    In points of accuracy or hit rate; of a loss, in hundredths of its logarithm, which
-    differ by about as much as the losses do in percent.
+    Attributes:
+        gap: how seldom rows are sampled.
+        points: each optimizer's measure by seed, in points of accuracy or hit rate; of
+            a loss, in hundredths of its logarithm, which differ by about as much as the
+            losses do in percent.
+        seconds: an epoch's by seed, the median without the first.
     """
+
+    gap: float
+    points: dict[str, dict[int, float]]
+    seconds: dict[str, dict[int, float]]
+
+
+def _tasks(records: Sequence[Record]) -> dict[str, _Task]:
+    """The tasks on which both kinds of moments and Adam were trained, by label."""
     of: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         of[record["experiment"]].append(record)
@@ -1159,19 +1179,27 @@ def _moments(
     def points(measure: str, value: float) -> float:
         return -100 * math.log(value) if measure == "test_loss" else 100 * value
 
+    def by_seed(measure: str, group: list[Record]) -> dict[int, float]:
+        values = _by_seed(group, measure).items()
+        return {seed: points(measure, value) for seed, value in values}
+
     return {
-        label: (
+        label: _Task(
             gaps[name],
-            {
-                optimizer: {
-                    seed: points(measure, value)
-                    for seed, value in _by_seed(group, measure).items()
-                }
-                for optimizer, group in groups.items()
-            },
+            {each: by_seed(measure, group) for each, group in groups.items()},
+            {each: _epoch_seconds(group) for each, group in groups.items()},
         )
         for label, name, groups, measure in tasks
         if {"adam", "lazy-decay", "lazy-freeze"} <= groups.keys()
+    }
+
+
+def _epoch_seconds(records: Iterable[Record]) -> dict[int, float]:
+    return {
+        record["settings"]["seed"]: statistics.median(
+            epoch["seconds"] for epoch in record["results"]["epochs"][1:]
+        )
+        for record in records
     }
 
 

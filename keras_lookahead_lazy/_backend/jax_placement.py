@@ -57,12 +57,12 @@ class Placement:
         spec = getattr(self.sharding, "spec", ())
         return spec[0] if spec and not any(spec[1:]) else None
 
-    def exchanges(self, ids: jax.Array) -> bool:
+    def exchanges(self, ids: Any) -> bool:
         """Return whether lookups are sent to the owners of their rows only.
 
         For this, many devices have to divide the rows and the batch.
         """
-        if self.row_axes is None or self.batch_axis is None or not ids.ndim:
+        if None in (self.row_axes, self.batch_axis) or not ids.ndim or not ids.size:
             return False
         shape, axes = self.sharding.mesh.shape, self.axes
         devices = math.prod(shape[axis] for axis in {*axes.rows, axes.batch})
