@@ -1044,12 +1044,23 @@ def _rates(record: Record) -> tuple[float, float]:
 # Moments, on all tasks
 
 
+OVERFITTING = "validation of Adam, last epoch below best"
+# What each task is validated by after every epoch.
+VALIDATED = {
+    "imdb": "val_accuracy",
+    "large_table": "val_accuracy",
+    "ncf": "val_ndcg10",
+    "word_vectors": "val_loss",
+}
+
+
 def moments_table(records: Sequence[Record]) -> Table:
     """The two kinds of moments and Adam on every task, each at its best rate."""
     table = [
         [
             "task",
             "steps for each sample of a row, median row",
+            f"{OVERFITTING}, %",
             "seeds",
             "decay above Adam",
             "freeze above Adam",
@@ -1074,6 +1085,7 @@ def moments_table(records: Sequence[Record]) -> Table:
             [
                 label,
                 f"{task.gap:.0f}",
+                f"{task.overfitting:.1f}",
                 str(len(pairs[-1])),
                 *(_interval(each, 2, "+") for each in pairs),
                 *(f"{factor:.1f}" for factor in faster),
@@ -1111,23 +1123,26 @@ def candidates_table(records: Sequence[Record]) -> Table:
 
 
 def draw_moments(records: Sequence[Record]) -> Figure:
-    """How far "freeze" is above "decay" over how seldom a row is sampled."""
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    axes.axhline(0, color=GREY, ls=":")
-    for label, task in _tasks(records).items():
+    """How far "freeze" is above "decay", over what might predict it."""
+    figure = Figure(figsize=(11, 4.5))
+    gaps, overfitting = figure.subplots(1, 2, sharey=True)
+    for number, (label, task) in enumerate(_tasks(records).items()):
         above = _differences(task.points["lazy-freeze"], task.points["lazy-decay"])
         mean, margin = mean_interval(above)
-        place = task.gap, mean
-        axes.errorbar(*place, margin, color=BLACK, fmt="o", capsize=3)
-        axes.annotate(
-            label, place, xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
-    axes.set_xscale("log")
-    axes.set(
+        up = 4 if number else -12  # Two points are close to each other.
+        for axes, x in ((gaps, task.gap), (overfitting, task.overfitting)):
+            axes.errorbar(x, mean, margin, color=BLACK, fmt="o", capsize=3)
+            offset = {"xytext": (6, up), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(label, (x, mean), **offset)
+    for axes in (gaps, overfitting):
+        axes.axhline(0, color=GREY, ls=":")
+    gaps.set_xscale("log")
+    gaps.set(
+        xlim=(0.7, 3000),
         xlabel="steps for each sample of a row, median row",
         ylabel='"freeze" above "decay", points',
     )
+    overfitting.set(xlabel=f"{OVERFITTING}, %", xlim=(-0.3, 7.5))
     return figure
 
 
@@ -1136,6 +1151,8 @@ class _Task(NamedTuple):
 
     Attributes:
         gap: how seldom rows are sampled.
+        overfitting: by how many percent Adam's validation measure is worse after the
+            last epoch than after its best one, mean over seeds.
         points: each optimizer's measure by seed, in points of accuracy or hit rate; of
             a loss, in hundredths of its logarithm, which differ by about as much as the
             losses do in percent.
@@ -1143,6 +1160,7 @@ class _Task(NamedTuple):
     """
 
     gap: float
+    overfitting: float
     points: dict[str, dict[int, float]]
     seconds: dict[str, dict[int, float]]
 
@@ -1186,12 +1204,20 @@ def _tasks(records: Sequence[Record]) -> dict[str, _Task]:
     return {
         label: _Task(
             gaps[name],
+            statistics.mean(map(_overfitting, groups["adam"])),
             {each: by_seed(measure, group) for each, group in groups.items()},
             {each: _epoch_seconds(group) for each, group in groups.items()},
         )
         for label, name, groups, measure in tasks
         if {"adam", "lazy-decay", "lazy-freeze"} <= groups.keys()
     }
+
+
+def _overfitting(record: Record) -> float:
+    measure = VALIDATED[record["experiment"]]
+    values = [epoch[measure] for epoch in record["results"]["epochs"]]
+    best = (min if measure == "val_loss" else max)(values)
+    return 100 * abs(values[-1] - best) / best
 
 
 def _epoch_seconds(records: Iterable[Record]) -> dict[int, float]:
