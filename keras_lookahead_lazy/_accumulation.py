@@ -64,11 +64,11 @@ class RowAccumulator:
     def rows(self, size: int) -> RowGradient:
         """Return the accumulated rows, from the first `size` ids."""
         count = engine.read_count(self.count)
-        return engine.listed_rows(self.gradients, self.ids, count, size)
+        return engine.listed_rows(self.gradients, self.ids, count, size, self.place)
 
     def clear_rows(self, gradient: RowGradient) -> None:
         """Set the rows to zero."""
-        engine.clear_rows(self.gradients, gradient)
+        engine.clear_rows(self.gradients, gradient, self.place)
         engine.write_count(self.count, 0)
 
     def clear(self) -> None:

@@ -219,15 +219,23 @@ class Engine(Protocol):
         """
 
     def listed_rows(
-        self, variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+        self,
+        variable: keras.Variable,
+        ids: keras.Variable,
+        count: Any,
+        size: int,
+        place: Any,
     ) -> RowGradient:
         """Return the rows of a variable for the first `count` ids of a list.
 
         Args:
             size: An upper bound for `count`.
+            place: The `placement` of the table, and of this variable.
         """
 
-    def clear_rows(self, variable: keras.Variable, rows: RowGradient) -> None:
+    def clear_rows(
+        self, variable: keras.Variable, rows: RowGradient, place: Any
+    ) -> None:
         """Set the rows that were read as `rows` to zero."""
 
     def layout_like(self, variable: keras.Variable, axes: int) -> Any:

@@ -24,7 +24,13 @@ from keras_lookahead_lazy._backend import (
     jax_rows,
 )
 from keras_lookahead_lazy._backend.jax_exchange import numbered
-from keras_lookahead_lazy._backend.jax_placement import Placement, sum_on_owners
+from keras_lookahead_lazy._backend.jax_placement import (
+    OwnRows,
+    Placement,
+    on_owners,
+    own_numbers,
+    sum_on_owners,
+)
 from keras_lookahead_lazy._backend.jax_placement import layout_like as layout_like
 from keras_lookahead_lazy._backend.jax_placement import placement as placement
 from keras_lookahead_lazy._backend.jax_rows import step_in_rounds as step_in_rounds
@@ -158,19 +164,32 @@ def write_list(variable: keras.Variable, count: Any, values: jax.Array) -> int:
 
 
 def listed_rows(
-    variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+    variable: keras.Variable,
+    ids: keras.Variable,
+    count: Any,
+    size: int,
+    place: Placement,
 ) -> RowGradient:
-    rows = len(variable.value)
-    listed = jnp.where(jnp.arange(size) < count, ids.value[:size], rows)
-    _, _, indices = numbered(listed, rows)
-    values = variable.value.at[indices].get(mode="fill", fill_value=0)
-    return RowGradient(values, indices, None)
+    def read_own(part: jax.Array, listed: jax.Array) -> RowGradient:
+        rows = len(part)
+        _, _, indices = numbered(own_numbers(listed, place, rows), rows)
+        values = part.at[indices].get(mode="fill", fill_value=0)
+        return RowGradient(values, indices, None)
+
+    past_end = len(variable.value)
+    listed = jnp.where(jnp.arange(size) < count, ids.value[:size], past_end)
+    found = on_owners(read_own, place, (variable.value,), listed)
+    return found if place.row_axes is None else OwnRows(*found)
 
 
-def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+def clear_rows(variable: keras.Variable, rows: RowGradient, place: Placement) -> None:
     """Clear rows after they were read. Otherwise XLA would copy the whole first."""
     indices = jnp.where(_is_known(rows.sums), rows.indices, len(variable.value))
-    write_rows([variable], indices, [jnp.zeros_like(rows.sums)])
+
+    def clear_own(part: jax.Array, own: jax.Array) -> jax.Array:
+        return part.at[own].set(0, mode="drop", indices_are_sorted=True)
+
+    variable.assign(on_owners(clear_own, place, (variable.value, indices)))
 
 
 def _is_known(values: jax.Array) -> jax.Array:

@@ -91,11 +91,11 @@ def layout_like(variable: keras.Variable, axes: int) -> NamedSharding | None:
 
 
 def on_owners(
-    function: Callable[..., tuple],
+    function: Callable,
     place: Placement,
     divided: tuple,
     *others: Any,
-) -> tuple:
+) -> Any:
     """Call `function(*divided, *others)`, on each device with its own rows.
 
     Without division of the rows, it is called once, with all rows.
@@ -230,10 +230,20 @@ def own_rows(gradient: RowGradient, place: Placement, rows: int) -> RowGradient:
     if place.row_axes is None or isinstance(gradient, OwnRows):
         return gradient
     sums, indices, _ = gradient
-    first = jax.lax.axis_index(place.row_axes) * rows
     # The indices are in ascending order, and so are these, with its own rows in front.
+    first = jax.lax.axis_index(place.row_axes) * rows
     position = jnp.arange(len(indices)) + jnp.sum(indices < first)
     position %= len(indices)
-    own = indices[position] - first
-    own = jnp.where((own < 0) | (own > rows), rows, own)
-    return RowGradient(sums, own, position)
+    return RowGradient(sums, own_numbers(indices[position], place, rows), position)
+
+
+def own_numbers(indices: jax.Array, place: Placement, rows: int) -> jax.Array:
+    """Number the rows as on this device, those of others with one past the end.
+
+    Args:
+        rows: How many rows each device has.
+    """
+    if place.row_axes is None:
+        return indices
+    own = indices - jax.lax.axis_index(place.row_axes) * rows
+    return jnp.where((own < 0) | (own > rows), rows, own)

@@ -179,7 +179,11 @@ def write_list(variable: keras.Variable, count: Any, values: tf.Tensor) -> tf.Te
 
 
 def listed_rows(
-    variable: keras.Variable, ids: keras.Variable, count: Any, size: int
+    variable: keras.Variable,
+    ids: keras.Variable,
+    count: Any,
+    size: int,
+    place: Any,
 ) -> RowGradient:
     if not in_xla():
         indices, _ = tf.unique(tf.convert_to_tensor(ids)[:count])
@@ -196,7 +200,7 @@ def listed_rows(
     return RowGradient(sums, indices, position)
 
 
-def clear_rows(variable: keras.Variable, rows: RowGradient) -> None:
+def clear_rows(variable: keras.Variable, rows: RowGradient, place: Any) -> None:
     """After the rows were read: XLA would otherwise copy the whole before."""
     indices = rows.indices
     if in_xla():

@@ -183,7 +183,11 @@ def write_list(variable: keras.Variable, count: int, values: torch.Tensor) -> in
 
 
 def listed_rows(
-    variable: keras.Variable, ids: keras.Variable, count: int, size: int
+    variable: keras.Variable,
+    ids: keras.Variable,
+    count: int,
+    size: int,
+    place: Any,
 ) -> _backend.RowGradient:
     listed = ids.value[:count].long()
     if _is_on_host(listed):
@@ -196,7 +200,9 @@ def listed_rows(
     return _backend.RowGradient(sums, indices, position)
 
 
-def clear_rows(variable: keras.Variable, rows: _backend.RowGradient) -> None:
+def clear_rows(
+    variable: keras.Variable, rows: _backend.RowGradient, place: Any
+) -> None:
     write_rows([variable], rows.indices, [torch.zeros_like(rows.by_row())])
 
 
