@@ -841,7 +841,9 @@ def ncf_rates_table(records: Sequence[Record]) -> Table:
     for kind in sorted({_ncf_kind(record) for record in sweep}):
         batch_size, crosses = kind
         alike = [record for record in sweep if _ncf_kind(record) == kind]
-        for optimizer, group in _group(alike, "optimizer", ncf.CURVES).items():
+        for optimizer, group in _group(
+            alike, "optimizer", _of_one_decay(ncf.CURVES)
+        ).items():
             gains = {
                 record["settings"]["learning_rate"]: record["results"]["val_ndcg10"]
                 for record in group
@@ -952,7 +954,9 @@ def word_vectors_rates_table(records: Sequence[Record]) -> Table:
     rates = sorted({record["settings"]["learning_rate"] for record in sweep})
     table = [["optimizer", "steps", *(f"{rate:g}" for rate in rates)]]
     for batches_an_epoch, of_length in _by_length(sweep).items():
-        by_optimizer = _group(of_length, "optimizer", word_vectors.CURVES)
+        by_optimizer = _group(
+            of_length, "optimizer", _of_one_decay(word_vectors.CURVES)
+        )
         for optimizer, group in by_optimizer.items():
             losses = {
                 record["settings"]["learning_rate"]: record["results"]["val_loss"]
@@ -1033,6 +1037,11 @@ def _at_best_rates(
         _, rates = min(sweep)
         best[optimizer] = [record for record in group if _rates(record) == rates]
     return best
+
+
+def _of_one_decay(names: Iterable[str]) -> list[str]:
+    """Leave out the optimizers that were trained with several weight decays."""
+    return [name for name in names if name not in _candidates.DECAYING]
 
 
 def _rates(record: Record) -> tuple[float, float]:
