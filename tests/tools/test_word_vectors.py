@@ -196,23 +196,41 @@ def test_each_optimizer_is_shown_at_the_rate_of_the_lowest_loss():
 
 
 def test_moments_are_compared_on_every_task():
-    accuracies = {"adam": 0.50, "lazy-decay": 0.52, "lazy-freeze": 0.51}
+    accuracies = {
+        "adam": 0.50,
+        "lazy-decay": 0.52,
+        "lazy-freeze": 0.51,
+        "lazy-replay": 0.53,
+    }
     records = []
     for number, (optimizer, accuracy) in enumerate(accuracies.items()):
         for seed in (0, 1):
             settings = {"optimizer": optimizer, "seed": seed, "learning_rate": 0.1}
-            results = {"best_val_accuracy": accuracy + seed / 10}
+            epochs = [
+                {"val_accuracy": each, "val_loss": each, "seconds": seconds}
+                for each, seconds in ((0.3, 99), (0.5, 6 / (number + 1)), (0.4, 9))
+            ]
+            epochs.append({**epochs[-1], "seconds": 0})
+            results = {"best_val_accuracy": accuracy + seed / 10, "epochs": epochs}
             of_imdb = {"experiment": "imdb", "settings": settings, "results": results}
             settings = {**settings, "rows": report.large_table.ROWS}
             of_table = {**of_imdb, "experiment": "large_table", "settings": settings}
-            records += [of_imdb, of_table]
-            records.append(ran(optimizer, 0.1, seed, np.exp(-number / 100)))
+            of_vectors = ran(optimizer, 0.1, seed, np.exp(-number / 100))
+            of_vectors["results"]["epochs"] = epochs
+            records += [of_imdb, of_table, of_vectors]
     for task, gap in (("imdb", 88.0), ("large_table", 391.0), ("word_vectors", 42.0)):
         settings, results = {"task": task, "seed": 0}, {"median_row": gap}
         records.append({"experiment": "gaps", "settings": settings, "results": results})
     _, imdb, table, vectors = report.moments_table(records)
-    assert imdb[1:] == ["88", "2", "+2.00 ± 0.00", "+1.00 ± 0.00", "-1.00 ± 0.00"]
-    assert table[1:] == ["391", *imdb[2:]]
+    points = ["2", "+2.00 ± 0.00", "+1.00 ± 0.00", "-1.00 ± 0.00", "2.0", "3.0"]
+    # From 0.5 to 0.4, in percent of 0.5. A loss ends above its least, 0.3.
+    assert imdb[1:] == ["88", "20.0", *points]
+    assert table[1:] == ["391", "20.0", *points]
     # A loss that is one percent lower is one point.
-    assert vectors[1:] == ["42", "2", "+1.00 ± 0.00", "+2.00 ± 0.00", "+1.00 ± 0.00"]
+    points = ["2", "+1.00 ± 0.00", "+2.00 ± 0.00", "+1.00 ± 0.00", "2.0", "3.0"]
+    assert vectors[1:] == ["42", "33.3", *points]
     report.draw_moments(records)
+    heading, _, replay, _ = report.candidates_table(records)
+    assert heading[2:] == [imdb[0], table[0], vectors[0]]
+    ahead = "+2.00 ± 0.00, 2 seeds"
+    assert replay[2:] == [ahead, ahead, "+1.00 ± 0.00, 2 seeds"]
