@@ -709,14 +709,22 @@ def large_table_table(records: Sequence[Record]) -> Table:
         ]
     ]
     for rows in sorted({record["settings"]["rows"] for record in records}):
-        for optimizer, group in _tuned(records, rows).items():
+        groups = _tuned(records, rows)
+        seeds = [{r["settings"]["seed"] for r in group} for group in groups.values()]
+        timed = set.intersection(*seeds)  # on the same machine
+        for optimizer, group in groups.items():
             best = _by_seed(group, "best_val_accuracy").values()
             runs = _epochs(group)
             accuracies = [
                 statistics.mean(epoch["val_accuracy"] for epoch in same)
                 for same in zip(*runs, strict=True)
             ]
-            seconds = [epoch["seconds"] for epochs in runs for epoch in epochs[1:]]
+            seconds = [
+                epoch["seconds"]
+                for record in group
+                if record["settings"]["seed"] in timed
+                for epoch in record["results"]["epochs"][1:]
+            ]
             table.append(
                 [
                     TABLE_CURVES[optimizer].label,
