@@ -710,8 +710,7 @@ def large_table_table(records: Sequence[Record]) -> Table:
     ]
     for rows in sorted({record["settings"]["rows"] for record in records}):
         groups = _tuned(records, rows)
-        seeds = [{r["settings"]["seed"] for r in group} for group in groups.values()]
-        timed = set.intersection(*seeds)  # on the same machine
+        timed = _of_common_seeds(groups)  # on the same machine
         for optimizer, group in groups.items():
             best = _by_seed(group, "best_val_accuracy").values()
             runs = _epochs(group)
@@ -721,9 +720,8 @@ def large_table_table(records: Sequence[Record]) -> Table:
             ]
             seconds = [
                 epoch["seconds"]
-                for record in group
-                if record["settings"]["seed"] in timed
-                for epoch in record["results"]["epochs"][1:]
+                for epochs in _epochs(timed[optimizer])
+                for epoch in epochs[1:]
             ]
             table.append(
                 [
@@ -764,7 +762,7 @@ def large_table_rates_table(records: Sequence[Record]) -> Table:
 
 def draw_large_table(records: Sequence[Record]) -> Figure:
     """Accuracy over the seconds of training, on the table of the usual size."""
-    groups = _tuned(records, large_table.ROWS)
+    groups = _of_common_seeds(_tuned(records, large_table.ROWS))
     runs = {optimizer: _epochs(group) for optimizer, group in groups.items()}
     figure = Figure(figsize=(11, 5))
     axes = figure.subplots()
@@ -787,6 +785,15 @@ def _tuned(
     wanted = rows, large_table.BATCH_SIZE, large_table.EPSILON
     usual = [record for record in records if _varied(record) == wanted]
     return _at_best_rates(usual, order, _error)
+
+
+def _of_common_seeds(groups: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    seeds = [{r["settings"]["seed"] for r in group} for group in groups.values()]
+    common = set.intersection(*seeds)
+    return {
+        optimizer: [r for r in group if r["settings"]["seed"] in common]
+        for optimizer, group in groups.items()
+    }
 
 
 def _error(results: Any) -> float:
