@@ -394,7 +394,10 @@ def lookups_are_exchanged():
                 np.testing.assert_array_equal(
                     np.array(rows, "float32"), np.array(expected, "float32")
                 )
-            sums, indices, _ = sum_on_owners(jax.device_put(look_ups, by_sample))
+            gradient = sum_on_owners(jax.device_put(look_ups, by_sample))
+            # NumPy would slice arrays of JAX in many programs at once, which wait for
+            # each other's devices.
+            sums, indices = np.asarray(gradient.sums), np.asarray(gradient.indices)
             found, expected = np.zeros((2, *table.shape))
             pairs = zip(np.split(sums, parts), np.split(indices, parts), strict=True)
             for part, (own_sums, own) in enumerate(pairs):
@@ -406,9 +409,9 @@ def lookups_are_exchanged():
                 is_row = (ids >= -320) & (ids < 320)
                 np.add.at(expected, ids[is_row], gradients[is_row])
             np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
-            for shard in sums.addressable_shards:  # replicas of a part are equal
-                whole = np.asarray(sums)[shard.index]
-                np.testing.assert_array_equal(np.asarray(shard.data), whole)
+            for shard in gradient.sums.addressable_shards:
+                # Replicas of a part are equal.
+                np.testing.assert_array_equal(shard.data, sums[shard.index])
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
