@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_paper():
 
 
 def test_tables_are_updated_by_rows():
-    model = word_vectors.build_model(20)
+    model = word_vectors.build_model(200)
     for name in ("lazy-decay", "lazy-freeze", "lazy-adagrad"):
         optimizer = word_vectors.build({"optimizer": name, "learning_rate": 0.1})
         model.compile(optimizer, keras.losses.BinaryCrossentropy(from_logits=True))
