@@ -35,8 +35,8 @@ class Worker:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 "TF_CPP_MIN_LOG_LEVEL": "2",
-                # Waiting threads of torch spin, and slow each other down where the
-                # cores are virtual: five times in a matrix product on one machine.
+                # Waiting threads of torch spin, and can slow each other down a lot
+                # where the cores are virtual.
                 "OMP_WAIT_POLICY": "PASSIVE",
                 **environment,
             },
